@@ -1,0 +1,174 @@
+"""A checkpoint: one ordinary torch file that carries its own digest and is never half written.
+
+The file is what `torch.save` writes, with the sha256 of everything before it as the zip archive's comment,
+so `torch.load(path, weights_only=True)` reads it as it is and one flipped bit is found.
+"""
+import contextlib
+import hashlib
+import os
+import pickle
+from pathlib import Path
+
+import torch
+
+FORMAT = "warble"
+VERSION = 1
+EOCD = 22  # bytes of a zip's end-of-central-directory record without a comment
+MARK = b"sha256:"
+COMMENT = len(MARK) + 64
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used or written: one line that names the file and the mend."""
+
+
+class _SealedFile:
+    """What torch.save writes to: hashes on the way through, holds back the last record for the comment."""
+
+    def __init__(self, file):
+        self.file, self.digest, self.tail = file, hashlib.sha256(), b""
+
+    def write(self, data):
+        data = self.tail + bytes(data)
+        self.tail = data[-EOCD:]
+        self.file.write(data[:-EOCD])
+        self.digest.update(data[:-EOCD])
+        return len(data)
+
+    def flush(self):
+        pass
+
+    def seal(self):
+        last = self.tail[:-2] + COMMENT.to_bytes(2, "little")
+        self.digest.update(last)
+        self.file.write(last + MARK + self.digest.hexdigest().encode())
+
+
+def save_checkpoint(path, state):
+    """Write `state` (tensors and plain types) to `path` so that at any moment, also after a power cut, the
+    path holds the old file or the new one whole. The old one lives on as `<name>.prev`.
+
+    Raises CheckpointError (disk full, no permission); the old file is then intact and nothing is left over.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            sealed = _SealedFile(file)
+            torch.save({"format": FORMAT, "version": VERSION, **state}, sealed)
+            sealed.seal()
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            link(path, previous(path))
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk into RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        cause = error if isinstance(error, OSError) else (error.__context__ or error)
+        why = getattr(cause, "strerror", None) or " ".join(str(cause).split())[:100]
+        raise CheckpointError(f"{path}: cannot be written ({why}); free some space or permit writing, then continue "
+                              "with --resume") from None
+
+
+def previous(path):
+    return path.with_name(path.name + ".prev")
+
+
+def link(path, other):
+    """Make `other` the same file as `path`, atomically, without copying where the file system can. A
+    checkpoint is replaced and never changed in place, so the two may share their bytes."""
+    temporary = other.with_name(other.name + ".tmp")
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()
+    try:
+        os.link(path, temporary)
+    except OSError:
+        import shutil
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, other)
+
+
+def sync_folder(folder):
+    """Make a rename in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load_checkpoint(path):
+    """Read a checkpoint of this program onto the CPU, checked against its digest; no code in it is run.
+
+    Raises CheckpointError for anything else: missing, truncated, altered, of another format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint; give the path of a best.pt or last.pt")
+    _verify(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"{path}: holds pickled code, which is never run; use a checkpoint that train.py "
+                              "wrote") from None
+    except Exception as error:  # torch raises what it likes on bytes that are no checkpoint
+        raise CheckpointError(f"{path}: not a checkpoint of this program ({type(error).__name__}); use a best.pt or "
+                              "last.pt that train.py wrote") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a checkpoint of this program; weights of other programs go into "
+                              "train.py --weights")
+    if state["version"] != VERSION:
+        raise CheckpointError(f"{path}: checkpoint version {state['version']}, this program reads {VERSION}; use the "
+                              "program version that wrote it")
+    return state
+
+
+def _verify(path):
+    """Compare the digest at the end of the file with its bytes; a file without one is let through to
+    torch.load, which then says what it is."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            raise CheckpointError(f"{path}: not a checkpoint of this program, or its beginning is damaged; use a "
+                                  "best.pt or last.pt that train.py wrote")
+        file.seek(max(0, size - COMMENT))
+        comment = file.read()
+        if not comment.startswith(MARK):
+            if b"PK\x05\x06" not in comment:
+                raise CheckpointError(f"{path}: truncated (its end is missing); use last.pt.prev or best.pt of the "
+                                      "same run")
+            return
+        file.seek(0)
+        digest, left = hashlib.sha256(), size - COMMENT
+        while left and (block := file.read(min(left, 1 << 22))):
+            digest.update(block)
+            left -= len(block)
+    if comment[len(MARK):].decode("ascii", "replace") != digest.hexdigest():
+        raise CheckpointError(f"{path}: damaged, its bytes do not match its sha256; use last.pt.prev or best.pt of the "
+                              "same run")
+
+
+def load_newest(folder):
+    """The newest usable of `last.pt` and its predecessor -> (state or None, notes). A damaged file is
+    passed over and named in the notes; None where there is none at all.
+
+    Raises CheckpointError where there are checkpoints and all are damaged.
+    """
+    last = Path(folder) / "last.pt"
+    notes, errors = [], []
+    for path in (last, previous(last)):
+        if not path.is_file():
+            continue
+        try:
+            state = load_checkpoint(path)
+        except CheckpointError as error:
+            errors.append(str(error))
+            continue
+        if errors:
+            notes.append(f"{errors[0]}: passed over, continuing from {path.name}")
+        return state, notes
+    if errors:
+        raise CheckpointError(errors[0])
+    return None, notes

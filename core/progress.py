@@ -1,0 +1,58 @@
+"""Where a run stands: all that the loop counts, as plain numbers that a checkpoint can hold."""
+from dataclasses import asdict, dataclass
+
+
+@dataclass
+class Progress:
+    epoch: int = 0  # whole epochs done, validation included
+    window: int = 0  # windows of the current epoch done
+    step: int = 0  # windows done since the start of the run
+    best: float | None = None  # best value of the monitored figure
+    best_epoch: int = 0  # counted from 1
+    # of the current epoch
+    loss_sum: float = 0.0
+    correct: int = 0
+    clips: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+
+    def to_dict(self):
+        return asdict(self)
+
+    def count(self, loss_sum, correct, clips, stepped):
+        """Add a window; one whose step was skipped does not enter the epoch's loss."""
+        self.window += 1
+        self.step += 1
+        if stepped:
+            self.loss_sum += loss_sum
+            self.correct += correct
+            self.clips += clips
+        else:
+            self.skipped += 1
+
+    @property
+    def loss(self):
+        return self.loss_sum / max(1, self.clips)
+
+    @property
+    def accuracy(self):
+        return self.correct / max(1, self.clips)
+
+    @property
+    def clips_per_second(self):
+        return self.clips / max(1e-9, self.seconds)
+
+    @property
+    def stale(self):
+        """Epochs since the best one."""
+        return self.epoch - self.best_epoch if self.best_epoch else 0
+
+    def end_epoch(self, value, lower_is_better):
+        """Close the epoch with its monitored value -> whether it is the best so far."""
+        self.epoch += 1
+        better = self.best is None or (value < self.best if lower_is_better else value > self.best)
+        if better:
+            self.best, self.best_epoch = value, self.epoch
+        self.window = self.correct = self.clips = self.skipped = 0
+        self.loss_sum = self.seconds = 0.0
+        return better

@@ -1,0 +1,348 @@
+"""A folder or a CSV of labelled recordings -> one row per clip, in columns.
+
+Read here: class folders, `train/ val/ test/` with class folders inside, a CSV of one clip per row, and
+the layouts of ESC-50 and UrbanSound8K. Nothing here opens an audio file; `scan.py` does.
+"""
+import csv
+import io
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from .audio import AUDIO_SUFFIXES
+from .scan import audio_below, codes, printable, suffix, unite
+
+SPLITS = ("train", "val", "test")
+SPLIT_WORDS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "dev": 1,
+               "test": 2, "testing": 2, "eval": 2, "evaluation": 2}
+
+# Names that columns go by, the likeliest first; compared in lower case with _ for blanks and hyphens.
+COLUMNS = {
+    "path": "path filepath file_path filename file_name file slice_file_name audio audio_path audio_file fname wav",
+    "label": "label category class_name primary_label class species common_name scientific_name ebird_code target "
+             "classid class_id label_id",
+    "split": "split subset set partition",
+    "fold": "fold folds",
+    "group": "group group_id recording_id recording src_file source_file fsid original original_file recordist author "
+             "source",
+    "start": "start start_time start_s onset",
+    "end": "end end_time end_s stop",
+}
+
+# What a file name says of the recording that it was cut from: the first bracket, beside the two of a time
+# range, which must rise. A weak one is not used where it would leave most classes in one group each.
+WEAK_PATTERNS = ("segment number", "time range")
+NAME_PATTERNS = {
+    "ESC source number": r"^\d-(\d+)-[A-Z](?:-\d+)?$",
+    "UrbanSound8K source number": r"^(\d+)-\d+-\d+-\d+$",
+    "XC number": r"(?:^|[^A-Za-z0-9])XC[ _-]?(\d{2,})(?!\d)",
+    "segment number": r"^(.+?)[ ._-]+(?:segment|seg|part|pt|chunk|clip|slice|split|window|win)[ ._-]*\d+$",
+    "time range": r"^(.+?)[_-](\d+(?:\.\d+)?)(?:m?s)?[_-](\d+(?:\.\d+)?)(?:m?s)?$",
+}
+
+
+class DataError(ValueError):
+    """Bad data from a person: one line that names the file or flag, says what is wrong, and the mend."""
+
+    def __init__(self, message):
+        super().__init__(printable(message))
+
+
+COLUMN_TYPES = {"labels": np.int32, "start": np.float32, "end": np.float32, "group": np.int32, "split": np.int8,
+                "fold": np.int16, "duration": np.float32}
+
+
+@dataclass
+class Manifest:
+    """Clips in columns, sorted by path and start; about 30 bytes a clip beyond the path strings."""
+    name: str
+    root: Path  # absolute
+    classes: list[str]
+    paths: list[str]  # relative to root, with /; bytes that are not UTF-8 as surrogate escapes
+    labels: np.ndarray  # (n,) int32 index into classes
+    start: np.ndarray  # (n,) float32 seconds into the file
+    end: np.ndarray  # (n,) float32 seconds into the file; nan is the file's end
+    group: np.ndarray  # (n,) int32: clips of one recording share a code
+    group_source: str  # where the groups come from: "column src_file", "file name (XC number)", ...
+    split: np.ndarray  # (n,) int8 index into SPLITS, -1 not assigned
+    fold: np.ndarray | None  # (n,) int16
+    notes: list[str]  # lines worth printing
+    duration: np.ndarray | None = None  # (n,) float32 seconds of the clip, as a scan finds it
+
+    def __len__(self):
+        return len(self.paths)
+
+    def file(self, row):
+        """Path of the row's file."""
+        return self.root / self.paths[row]
+
+    def take(self, rows):
+        """The manifest of these rows (indices or a mask), in that order; all classes are kept."""
+        rows = np.arange(len(self))[rows]
+        columns = {name: column[rows] for name in COLUMN_TYPES if (column := getattr(self, name)) is not None}
+        return replace(self, paths=[self.paths[row] for row in rows], notes=list(self.notes), **columns)
+
+    def rows(self, split):
+        """Rows of the split of that name, (k,) rising."""
+        return np.flatnonzero(self.split == SPLITS.index(split))
+
+    def counts(self):
+        """Clips per class, (classes,)."""
+        return np.bincount(self.labels, minlength=len(self.classes))
+
+    def to_dict(self):
+        """In plain types, for a checkpoint."""
+        plain = {name: value.tolist() if name in COLUMN_TYPES and value is not None else value
+                 for name, value in vars(self).items()}
+        return {**plain, "root": str(self.root)}
+
+    @classmethod
+    def from_dict(cls, plain):
+        """The manifest that `to_dict` took apart."""
+        columns = {name: np.array(plain[name], kind) for name, kind in COLUMN_TYPES.items() if plain[name] is not None}
+        return cls(**{**plain, **columns, "root": Path(plain["root"])})
+
+
+def load_manifest(data, audio_dir=None):
+    """Read labelled recordings from a folder or a CSV.
+
+    data: a folder with one folder per class, the same under train/ val/ test/, a folder laid out like
+    ESC-50 or UrbanSound8K, or a CSV. audio_dir: the folder that a CSV's paths are relative to, and must
+    stay inside; by default the CSV's own, or an audio/ folder beside it.
+
+    Raises DataError for anything that leaves a clip without a file or a class.
+    """
+    data = Path(os.path.abspath(data))
+    if os.path.isdir(data):
+        for table in (data / "meta/esc50.csv", data / "metadata/UrbanSound8K.csv"):
+            if os.path.isfile(table):
+                return _from_table(table, audio_dir)
+        if audio_dir is not None:
+            raise DataError(f"--audio-dir goes with a CSV, but --data {data} is a folder: leave --audio-dir out")
+        return _from_folder(data)
+    if not os.path.isfile(data) or suffix(data.name) not in (".csv", ".tsv", ".txt"):
+        what = "is no .csv, .tsv or .txt table" if os.path.exists(data) else "is not there"
+        raise DataError(f"--data {data} {what}; give a folder with one folder per class, or a CSV")
+    return _from_table(data, audio_dir)
+
+
+# ---- folders
+
+def _from_folder(folder):
+    ignored, notes, split = Counter(), [], None
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+        tops = {name: None for name in names if os.path.isdir(folder / name)}  # in order
+        found = [path for top in tops for path in audio_below(folder, top, ignored)]
+    except OSError as error:
+        raise DataError(f"--data {error.filename}: {error.strerror}; make it readable or take it away") from None
+    loose = [name for name in names if name not in tops and suffix(name) in AUDIO_SUFFIXES]
+    ignored.update(suffix(name) for name in names if name not in tops and suffix(name) not in AUDIO_SUFFIXES)
+    used = {path.split("/", 1)[0] for path in found}
+    split_of = {top: SPLIT_WORDS[top.lower()] for top in sorted(used) if top.lower() in SPLIT_WORDS}
+    if len(split_of) == len(used) and 0 in split_of.values():
+        notes.append(f"splits are given by the folders {', '.join(split_of)}")
+        loose += sorted(path for path in found if path.count("/") == 1)
+        found = [path for path in found if path.count("/") > 1]
+        split = [split_of[path.split("/", 1)[0]] for path in found]
+    elif split_of:
+        notes.append(f"folders {', '.join(split_of)} are taken as classes, like the folders beside them")
+    kinds = ", ".join(f"{n} {kind or 'without suffix'}" for kind, n in sorted(ignored.items()))
+    if loose and not found:
+        raise DataError(f"--data {folder}: audio lies outside any class folder ({loose[0]}); put it in one folder per "
+                        f"class, such as {folder}/dog/a.wav, or give a CSV with the columns path,label")
+    if not found:
+        raise DataError(f"--data {folder} holds no audio (other files: {kinds or 'none'}); give a folder with one "
+                        f"folder per class and files in {' '.join(sorted(AUDIO_SUFFIXES))}")
+    if loose:
+        notes.append(f"left out: {len(loose)} audio files outside any class folder, e.g. {loose[0]}")
+    if len(used) < len(tops):
+        notes.append(f"folders without audio: {', '.join(top for top in tops if top not in used)}")
+    if ignored:
+        notes.append(f"left out: {sum(ignored.values())} files that are not audio ({kinds})")
+    notes += [f"{name} is not read; give it as --data to use it" for name in names if suffix(name) == ".csv"]
+    labels = [path.split("/", 2)[split is not None] for path in found]
+    return _build(folder.name, folder, found, labels, notes, split)
+
+
+# ---- tables
+
+def _valid(value, is_valid):
+    if not is_valid:
+        raise ValueError
+    return value
+
+
+PARSERS = {  # of one field, and what it must be
+    "path": (lambda field: _valid(field, field), "the path of a file"),
+    "label": (lambda field: _valid(field, field), "the name of a class"),
+    "split": (lambda field: SPLIT_WORDS[field.lower()], "train, val or test, or take the column out"),
+    "fold": (lambda field: int(float(_valid(field, re.fullmatch(r"\d{1,4}(\.0)?", field)))), "a whole number"),
+    "start": (lambda field: _valid(float(field or 0), 0 <= float(field or 0) < 1e9), "seconds from 0 up, such as 1.5"),
+    "end": (lambda field: _valid(float(field or "nan"), not field or 0 <= float(field) < 1e9), "seconds, such as 1.5"),
+}
+
+
+def _from_table(table, audio_dir):
+    header, numbers, rows = _read_table(table)
+    columns, notes = _choose_columns(table, header, rows)
+    fields = {role: [row[i] if role == "path" else row[i].strip() for row in rows] for role, i in columns.items()}
+    for role, (parse, wanted) in PARSERS.items():
+        for i, field in enumerate(fields.get(role, ())):
+            try:
+                fields[role][i] = parse(field)
+            except (KeyError, ValueError):
+                raise DataError(f"{table} row {numbers[i]}: {header[columns[role]]} is {field!r}; make it "
+                                f"{wanted}") from None
+    start = np.array(fields.get("start", np.zeros(len(rows))), np.float32)
+    end = np.array(fields.get("end", np.full(len(rows), np.nan)), np.float32)
+    for i in np.flatnonzero(end <= start):
+        raise DataError(f"{table} row {numbers[i]}: the clip ends at {end[i]:g} s, not after its start; mend the row")
+    root, paths = _place(table, audio_dir, numbers, fields)
+    if root != table.parent and audio_dir is None:
+        notes.append(f"the audio is in {root}")
+    first, kept = {}, []
+    for i, clip in enumerate(zip(paths, start.tolist(), np.nan_to_num(end, nan=-1).tolist())):
+        j = first.setdefault(clip, i)
+        for role in ("label", "split", "fold"):
+            if role in fields and fields[role][i] != fields[role][j]:
+                raise DataError(f"{table} rows {numbers[j]} and {numbers[i]}: one clip with two {role}s, "
+                                f"{rows[j][columns[role]]} and {rows[i][columns[role]]}; take one row out")
+        if i == j:
+            kept.append(i)
+    if len(kept) < len(rows):
+        notes.append(f"left out: {len(rows) - len(kept)} rows that repeat another row")
+    name = table.parent.parent.name if table.parent.name in ("meta", "metadata") else table.stem
+    pick = {role: [values[i] for i in kept] for role, values in fields.items()}
+    source = f"column {header[columns['group']]}" if "group" in columns else None
+    return _build(name, root, [paths[i] for i in kept], pick["label"], notes, pick.get("split"), pick.get("fold"),
+                  start[kept], end[kept], pick.get("group"), source)
+
+
+def _read_table(table):
+    """Header, row numbers as a spreadsheet counts them, and rows as long as the header."""
+    try:
+        text = table.read_bytes().decode("utf-8-sig", "surrogateescape")
+        top = text.split("\n", 1)[0]
+        if "\0" in top:
+            raise DataError(f"{table} is not UTF-8 text; save it as CSV in UTF-8")
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=top.count), skipinitialspace=True)
+        lines = [(number, row) for number, row in enumerate(reader, 1) if any(row)]
+    except (OSError, csv.Error) as error:
+        raise DataError(f"{table} cannot be read: {error}; mend it") from None
+    if len(lines) < 2:
+        raise DataError(f"{table} has no rows; it needs a header such as path,label and one row per clip")
+    header = [name.strip() for name in lines[0][1]]
+    for number, row in lines[1:]:
+        if any(row[len(header):]):
+            raise DataError(f"{table} row {number}: {len(row)} fields under a header of {len(header)}; put quotes "
+                            "around a field that has the separator in it")
+        row += [""] * (len(header) - len(row))
+    return header, [number for number, _ in lines[1:]], [row for _, row in lines[1:]]
+
+
+def _choose_columns(table, header, rows):
+    """Column index of each role that is there, and a note that says which."""
+    names = [re.sub(r"[ -]", "_", name.lower()) for name in header]
+    columns, notes = {}, []
+    for role, known in COLUMNS.items():
+        present = [names.index(name) for name in known.split() if name in names]
+        present = [i for i in present if any(row[i].strip() for row in rows)]
+        if role == "label":  # a column of names before one of numbers or of one value
+            present.sort(key=lambda i: len({row[i] for row in rows if not re.fullmatch(r"[\s\d.-]*", row[i])}) < 2)
+        for i in list(present) if role == "group" else ():
+            value, n = Counter(row[i] for row in rows).most_common(1)[0]
+            if names[i] != "group" and n > max(2, len(rows) / 2):  # such as a `source` that names the archive
+                notes.append(f"column {header[i]} is not used as group: {n} of {len(rows)} rows have {value or 'none'}")
+                present.remove(i)
+        if {"slice_file_name", "fsid"} <= set(names) and role in ("start", "end"):
+            continue  # UrbanSound8K: times in the source recording, whose cuts these files are
+        if present:
+            columns[role] = present[0]
+            if names.count(names[present[0]]) > 1:
+                raise DataError(f"{table}: the column {header[present[0]]} is there twice; take one out")
+        elif role in ("path", "label"):
+            raise DataError(f"{table} has no {role} column among {', '.join(header)}; name one of them {role}")
+    return columns, ["columns used: " + ", ".join(
+        header[i] if names[i] == role else f"{header[i]} as {role}" for role, i in columns.items())] + notes
+
+
+def _place(table, audio_dir, numbers, fields):
+    """Root folder and every path below it; raises DataError for a path outside and for missing files."""
+    texts, here = fields["path"], str(table.parent)
+    if audio_dir is not None:
+        root = os.path.abspath(audio_dir)
+        if not os.path.isdir(root):
+            raise DataError(f"--audio-dir {audio_dir}: no such folder; give the one that holds the CSV's files")
+        bases = [(root, root), (root, here)]
+    else:
+        beside = (os.path.normpath(table.parent / folder) for folder in (".", "audio", "train_audio", "../audio"))
+        bases = [(root, root) for root in beside]
+    below = [[""] * len(texts), fields["label"], [f"fold{fold}" for fold in fields.get("fold", ())]]
+    layouts = [(root, base, folders) for root, base in bases for folders in below if folders]
+
+    def located(layout, i):
+        root, base, folders = layout
+        path, inside = os.path.normpath(os.path.join(base, folders[i], texts[i])), root.rstrip("/") + "/"
+        return path[len(inside):] if path.startswith(inside) else None
+
+    def there(layout, i):
+        path = located(layout, i)
+        return path is not None and os.path.lexists(os.path.join(layout[0], path))
+
+    probes = range(0, len(texts), max(1, len(texts) // 50))
+    layout = max(layouts, key=lambda layout: sum(there(layout, i) for i in probes))  # the first of equals
+    paths = [located(layout, i) for i in range(len(texts))]
+    if None in paths:
+        i = paths.index(None)
+        raise DataError(f"{table} row {numbers[i]}: {texts[i]} lies outside {layout[0]}; give --audio-dir, a folder "
+                        "that holds all the audio")
+    missing = [i for i in range(len(texts)) if not there(layout, i)]
+    if missing:
+        raise DataError(f"{table} row {numbers[missing[0]]}: {texts[missing[0]]} is not in {layout[0]} ({len(missing)} "
+                        f"of {len(texts)} rows name a missing file); give --audio-dir, or mend the paths")
+    return Path(layout[0]), paths
+
+
+def _build(name, root, paths, labels, notes, split=None, fold=None, start=None, end=None, group=None, source=None):
+    """The manifest of these columns, sorted, so that it is the same in whatever order the rows came."""
+    start = np.zeros(len(paths), np.float32) if start is None else start
+    end = np.full(len(paths), np.nan, np.float32) if end is None else end
+    keys = list(zip(map(os.fsencode, paths), start.tolist(), np.nan_to_num(end, nan=-1).tolist()))
+    order = sorted(range(len(paths)), key=keys.__getitem__)
+    paths, labels = [paths[i] for i in order], [printable(labels[i]) for i in order]
+    classes = sorted(set(labels))
+    if len(classes) < 2:
+        raise DataError("; ".join([f"--data {root}: only one class ({classes[0]}); give two or more, each a folder "
+                                   "directly in --data or a label of its own", *notes]))
+    number = {label: i for i, label in enumerate(classes)}
+    labels = np.array([number[label] for label in labels], np.int32)
+    if group is None:
+        group, source = _groups_by_name(paths, labels, notes)
+    else:  # an empty field says nothing; \0 is in no path
+        group = codes(group[i] or "\0" + path for i, path in zip(order, paths))
+    return Manifest(
+        name, Path(root), classes, paths, labels, start[order], end[order], unite(group, codes(paths)), source,
+        np.full(len(paths), -1, np.int8) if split is None else np.array(split, np.int8)[order],
+        None if fold is None else np.array(fold, np.int16)[order], [printable(note) for note in notes])
+
+
+def _groups_by_name(paths, labels, notes):
+    """Group codes by what the file names show, if nearly all of them do; else every file alone."""
+    stems = [os.path.splitext(os.path.basename(path))[0] for path in paths]
+    for name, pattern in NAME_PATTERNS.items():
+        found = [re.search(pattern, stem, re.I) for stem in stems]
+        found = [m and (m.lastindex == 1 or float(m[2]) < float(m[3])) and m[1] for m in found]
+        group = codes(key or "\0" + path for key, path in zip(found, paths))
+        if sum(map(bool, found)) < 0.9 * len(paths) or group.max() + 1 == len(set(paths)):
+            continue  # too few names show it, or none of them share it
+        groups_of = np.bincount(np.unique(np.stack([labels, group]), axis=1)[0])  # (classes,)
+        if name not in WEAK_PATTERNS or np.mean(groups_of > 1) >= 0.5:
+            return group, f"file name ({name})"
+        notes.append(f"file names end in a {name}, but by that most classes would be one group each, so each file is "
+                     "taken alone; if clips are cut from one recording, give a CSV with a column group")
+    return codes(paths), "each file alone"

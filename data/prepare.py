@@ -1,0 +1,58 @@
+"""Labelled recordings -> a checked manifest with splits, ready to train on."""
+from pathlib import Path
+
+import numpy as np
+
+from .demo import write_demo
+from .manifest import DataError, load_manifest
+from .scan import scan, summary
+from .splits import assign_splits, audit, drop_rare
+
+DEMO = Path(__file__).parents[1] / "demo_data"
+INDEX = Path.home() / ".cache" / "warble" / "scan"
+DECODE_ALL_UP_TO = 5000  # files; above, only headers are read before training
+
+
+def prepare(data, audio_dir=None, fold=None, min_clips=1, max_bad_share=0.05, how="auto", seed=0, say=print):
+    """Find, scan, clean and split the recordings.
+
+    data: "demo", class folders, a CSV or a known layout; how: "full" decodes every file once, "headers" does
+    not, "auto" does up to 5,000 files; `say` gets each line for the person.
+    Returns (manifest of the readable clips, [(path, reason)] of the others). Raises DataError.
+    """
+    if data == "demo":
+        say("data: the built-in demo, synthesised sounds. For your own recordings:\n"
+            "  python train.py --data FOLDER_OR_CSV --warmup-epochs 0 --batch-size 4")
+        data = write_demo(DEMO)
+    manifest = load_manifest(data, audio_dir)
+    seen = scan(manifest, INDEX, full=how == "full" or how == "auto" and len(manifest) <= DECODE_ALL_UP_TO)
+    _say(say, f"data: {manifest.root}", manifest.notes + summary(seen, manifest))
+    bad = [(manifest.paths[row], reason) for row, reason in sorted(seen.reasons.items())]
+    if len(bad) > max_bad_share * len(manifest):
+        raise DataError(f"--data {data}: {len(bad)} of {len(manifest)} clips cannot be read, more than --max-bad-share "
+                        f"{max_bad_share:g}; the first: {bad[0][0]}: {bad[0][1]}; mend or remove them")
+    manifest.duration = seen.duration
+    twins = np.full(len(manifest), -1)
+    for number, rows in enumerate(seen.duplicates):
+        twins[rows] = number
+    keep = np.flatnonzero(seen.ok)
+    manifest, twins = manifest.take(keep), twins[keep]
+    if min_clips > 1:
+        frequent = manifest.counts()[manifest.labels] >= min_clips
+        manifest, notes = drop_rare(manifest, min_clips)
+        twins = twins[frequent]
+        _say(say, None, notes)
+    duplicates = [np.flatnonzero(twins == number).tolist() for number in np.unique(twins[twins >= 0])]
+    notes = assign_splits(manifest, duplicates, seed=seed, fold=fold)
+    _say(say, None, notes + [f"LEAK: {line}" for line in audit(manifest, duplicates)])
+    for split in ("train", "val", "test"):
+        if len(manifest.rows(split)) == 0:
+            raise DataError(f"--data {data}: no clip is left for {split}; give more recordings, or a split column")
+    return manifest, bad
+
+
+def _say(say, title, lines):
+    if title:
+        say(title)
+    for line in lines:
+        say(f"  {line}")

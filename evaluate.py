@@ -1,0 +1,237 @@
+"""Evaluate a checkpoint: python evaluate.py --ckpt best.pt
+
+Takes no geometry flags: the checkpoint says what the model, the front end, the classes and the split are.
+Holds `evaluate()`, which validation during training and the test both use.
+"""
+import argparse
+import csv
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from core.checkpoint import CheckpointError, load_checkpoint
+from core.metrics import confusion, evaluate_scores, per_class
+from core.precision import DeviceError, choose_precision, pick_device
+from core.run import RunError, newest_run, write_json
+from data.clips import Clips, evaluation_batches
+from data.manifest import SPLITS, DataError, Manifest, load_manifest
+from data.scan import scan
+from losses import build_loss
+from model.ast import AST, ASTConfig
+from model.frontend import FrontendConfig, build_frontend
+from report import pictures
+
+INPUT_ERRORS = (CheckpointError, DataError, DeviceError, RunError)
+
+
+@dataclass
+class Evaluation:
+    """Scores of the clips that could be read, in the order of their rows."""
+    rows: np.ndarray  # (n,) manifest rows
+    labels: np.ndarray  # (n,) class indices
+    scores: np.ndarray  # (n, classes) probabilities, the mean over each clip's tiles
+    losses: np.ndarray  # (n,) the mean over each clip's tiles
+    broken: dict  # row -> why it could not be read
+
+
+@torch.inference_mode()
+def evaluate(model, frontend, batches, manifest, rows, loss_fn, precision, stop=None, show=None):
+    """Score every clip of `rows` once -> Evaluation, or None where `stop()` turned true on the way.
+
+    batches: from `evaluation_batches` over the same rows. A clip with an unreadable tile is left out and
+    listed in `.broken`. Raises CheckpointError where scores are not finite.
+    """
+    model.eval()
+    index = {int(row): i for i, row in enumerate(rows)}
+    n_classes = model.config.n_classes
+    scores, losses = np.zeros((len(rows), n_classes)), np.zeros(len(rows))
+    tiles, broken = np.zeros(len(rows)), {}
+    for batch in tqdm(batches, desc=show, leave=False, disable=show is None or not sys.stderr.isatty(), unit="batch"):
+        if stop is not None and stop():
+            return None
+        broken.update(batch.broken)
+        if len(batch.rows) == 0:
+            continue
+        wave = batch.wave.to(precision.device, non_blocking=True)
+        with precision.autocast():
+            logits = model(frontend(wave))
+        loss = loss_fn(logits, batch.target.to(precision.device, non_blocking=True))
+        at = [index[row] for row in batch.rows.tolist()]
+        np.add.at(scores, at, logits.float().softmax(dim=1).cpu().double().numpy())
+        np.add.at(losses, at, loss.cpu().double().numpy())
+        np.add.at(tiles, at, 1)
+    keep = np.array([int(row) not in broken for row in rows], dtype=bool) & (tiles > 0)
+    scores, losses = scores[keep] / tiles[keep, None], losses[keep] / tiles[keep]
+    rows = np.asarray(rows)[keep]
+    if not np.isfinite(scores).all():
+        raise CheckpointError("the model's scores are not finite: its weights are damaged or the precision is too low; "
+                              "try --amp off")
+    return Evaluation(rows, manifest.labels[rows].astype(np.int64), scores, losses, broken)
+
+
+def write_results(folder, result, manifest, classes, split):
+    """Write metrics.json, predictions.csv, per_class.csv and confusion.png into `folder` -> the metrics."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = {"split": split, **evaluate_scores(result.scores, result.labels), "loss": float(result.losses.mean()),
+               "unreadable": len(result.broken)}
+    write_json(folder / "metrics.json", metrics)
+    best = np.argsort(-result.scores, axis=1, kind="stable")[:, :5]
+    with open(folder / "predictions.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        out = csv.writer(file)
+        out.writerow("path start end label prediction confidence top5".split())
+        for row, label, order, scores in zip(result.rows, result.labels, best, result.scores, strict=True):
+            end = manifest.end[row]
+            out.writerow([manifest.paths[row], f"{manifest.start[row]:g}", "" if np.isnan(end) else f"{end:g}",
+                          classes[label], classes[order[0]], f"{scores[order[0]]:.6f}",
+                          "; ".join(f"{classes[i]} {scores[i]:.4f}" for i in order)])
+    with open(folder / "per_class.csv", "w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file)
+        out.writerow("class precision recall f1 ap support confused_with confused_count".split())
+        for name, row in zip(classes, per_class(result.scores, result.labels, len(classes)), strict=True):
+            other = "" if row["confused_with"] < 0 else classes[row["confused_with"]]
+            figures = ["" if np.isnan(row[key]) else f"{row[key]:.4f}" for key in ("precision", "recall", "f1", "ap")]
+            out.writerow([name, *figures, row["support"], other, row["confused_count"]])
+    matrix = confusion(result.labels, result.scores.argmax(axis=1), len(classes))
+    pictures.confusion(matrix, classes, folder / "confusion.png")
+    return metrics
+
+
+def result_lines(metrics):
+    """The figures with their 95% bootstrap intervals, for a person."""
+    lines = [f"{metrics['split']}: {metrics['n']} clips"
+             + (f", {metrics['unreadable']} unreadable and left out" if metrics["unreadable"] else "")]
+    for key, name in (("accuracy", "accuracy"), ("balanced_accuracy", "balanced accuracy"), ("macro_f1", "macro F1"),
+                      ("weighted_f1", "weighted F1"), ("map", "mAP")):
+        low, high = metrics[f"{key}_ci95"]
+        lines.append(f"  {name:<18} {metrics[key]:.3f}   (95% interval {low:.3f} to {high:.3f})")
+    return lines
+
+
+def restore(state, device):
+    """The model and the front end that a checkpoint describes, on a device."""
+    model = AST(ASTConfig(**state["config"]))
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise CheckpointError(f"checkpoint: its weights do not fit its own config ({str(error).splitlines()[-1].strip()}); "
+                              "it was altered, use another") from None
+    if not all(torch.isfinite(p).all() for p in model.parameters()):
+        raise CheckpointError("checkpoint: holds weights that are not finite; use an earlier one")
+    return model.to(device), build_frontend(FrontendConfig(**state["frontend"])).to(device)
+
+
+def find_checkpoint(name):
+    """A path as given; a bare name that is no file here is looked up in the newest run."""
+    path = Path(name)
+    if path.is_file() or path.name != name:
+        return path
+    found = newest_run("runs", name)
+    if found is None:
+        raise CheckpointError(f"--ckpt {name}: no such file here, and no run under runs/ has one; train first "
+                              "(python train.py) or give a path")
+    return found
+
+
+def evaluation_data(state, data, audio_dir, split):
+    """What to evaluate on -> (manifest with the checkpoint's classes, rows, split name, notes)."""
+    own = Manifest.from_dict(state["manifest"])
+    if data is not None:
+        other = load_manifest(data, audio_dir)
+        known = {path: row for row, path in enumerate(own.paths)}
+        if np.mean([path in known for path in other.paths]) > 0.5:
+            # The training data in another place: its split stands, or training clips would be tested on.
+            own.root = other.root
+        else:
+            return _other_data(other, own.classes)
+    rows = own.rows(split)
+    if len(rows) == 0:
+        there = [name for name in SPLITS if len(own.rows(name))]
+        raise DataError(f"--split {split}: the run has no such clips; it has {', '.join(there)}")
+    missing = [row for row in rows if not own.file(row).exists()]
+    if len(missing) == len(rows):
+        raise DataError(f"{own.file(rows[0])}: the run's recordings are not there any more; give their folder with "
+                        "--data")
+    return own, rows, split, [f"data: {own.root}, the split made in training"]
+
+
+def _other_data(other, classes):
+    """Map another data set's labels to the checkpoint's classes; all of its readable clips are used."""
+    strange = [name for name in other.classes if name not in classes]
+    if strange:
+        raise DataError(f"--data: classes that the checkpoint does not know: {', '.join(strange[:5])}"
+                        f"{' ...' if len(strange) > 5 else ''}; it knows {', '.join(classes[:5])}"
+                        f"{' ...' if len(classes) > 5 else ''}; rename or leave them out")
+    seen = scan(other, None, full=False)
+    keep = np.flatnonzero(seen.ok)
+    if len(keep) == 0:
+        raise DataError(f"--data {other.root}: none of the {len(other)} files can be read; the first: "
+                        f"{other.paths[0]}: {seen.reasons[0]}")
+    found = other.take(keep)
+    found.labels = np.array([classes.index(name) for name in other.classes], dtype=np.int32)[found.labels]
+    found.classes, found.duration = classes, seen.duration[keep]
+    notes = [f"data: {other.root}, all {len(keep)} clips (not the training data)"]
+    if len(keep) < len(other):
+        notes.append(f"  {len(other) - len(keep)} files cannot be read and are left out")
+    return found, np.arange(len(keep)), "all", notes
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0])
+    parser.error = lambda message: sys.exit(_fail(f"{message} (see --help)"))
+    add = parser.add_argument
+    add("--ckpt", required=True, help="a checkpoint; a bare name is looked up in the newest run under runs/")
+    add("--split", default="test", choices=SPLITS, help="which part of the run's own split (default: test)")
+    add("--data", help="other data with the same classes, or the same data in another place")
+    add("--audio-dir", help="folder that the paths of a CSV given with --data are relative to")
+    add("--out", help="where to write the results (default: <run folder>/<split>)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="precision (default: as in training "
+        "where the device can)")
+    add("--batch-size", type=int, default=16, help="tiles at a time")
+    add("--workers", type=int, default=0, help="processes that decode beside this one")
+    args = parser.parse_args(argv)
+    if args.batch_size < 1 or args.workers < 0:
+        parser.error("--batch-size and --workers: --batch-size from 1, --workers from 0")
+    return args
+
+
+def _fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def main(argv=None):
+    args = parse(argv)
+    path = find_checkpoint(args.ckpt)
+    print(f"checkpoint: {path}")
+    state = load_checkpoint(path)
+    device = pick_device(args.device)
+    precision = choose_precision(device, args.amp)
+    print(f"device: {device}, {precision.name} ({precision.reason})")
+    model, frontend = restore(state, device)
+    manifest, rows, split, notes = evaluation_data(state, args.data, args.audio_dir, args.split)
+    print("\n".join(notes))
+    config, clip = frontend.config, state["clip"]
+    clips = Clips(manifest, config.sample_rate, clip["samples"], clip["short"])
+    batches = evaluation_batches(clips, rows, args.batch_size, args.workers, pin=device.type == "cuda")
+    loss_fn = build_loss(**state["loss"]).to(device)
+    result = evaluate(model, frontend, batches, manifest, rows, loss_fn, precision, show=split)
+    for row, reason in list(result.broken.items())[:10]:
+        print(f"  left out: {manifest.paths[row]}: {reason}")
+    if len(result.rows) == 0:
+        raise DataError(f"{manifest.root}: none of the {len(rows)} clips can be read; give their folder with --data")
+    folder = Path(args.out) if args.out else path.parent / split
+    metrics = write_results(folder, result, manifest, state["classes"], split)
+    print("\n".join(result_lines(metrics)))
+    print(f"written: {folder}/metrics.json, predictions.csv, per_class.csv, confusion.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except INPUT_ERRORS as error:
+        sys.exit(_fail(error))

@@ -1,0 +1,223 @@
+"""The AST against timm's distilled DeiT, assembled as the authors do it, and against the hub's."""
+import pytest
+import timm
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from model.ast import AST, ASTConfig, fit_grid
+from model.groups import parameter_groups
+from model.pretrained import WeightsError, load_pretrained
+
+
+class AuthorsAST(torch.nn.Module):
+    """The authors' model out of timm's parts: `v` a distilled DeiT, `mlp_head` on the two tokens."""
+
+    def __init__(self, dim, depth, heads, n_classes, columns=101):
+        super().__init__()
+        self.v = timm.models.deit.VisionTransformerDistilled(
+            img_size=224, patch_size=16, embed_dim=dim, depth=depth, num_heads=heads, num_classes=5)
+        self.v.patch_embed.proj = torch.nn.Conv2d(1, dim, 16, 10)
+        self.v.pos_embed = torch.nn.Parameter(torch.randn(1, 2 + 12 * columns, dim) * 0.02)
+        self.mlp_head = torch.nn.Sequential(torch.nn.LayerNorm(dim), torch.nn.Linear(dim, n_classes))
+
+    def forward(self, x, positions):  # (B, n_mels, frames)
+        x = self.v.patch_embed.proj(x[:, None]).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.v.cls_token, self.v.dist_token], 1).expand(len(x), -1, -1)
+        x = torch.cat([tokens, x], 1) + positions
+        x = self.v.norm(self.v.blocks(x))
+        return self.mlp_head((x[:, 0] + x[:, 1]) / 2)
+
+
+def randomise(module, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * (0.5 / max(1, p[0].numel()) ** 0.5 + 0.02))
+
+
+def hub_model(dim, depth, heads, n_classes, frames):
+    config = transformers.ASTConfig(hidden_size=dim, num_hidden_layers=depth, num_attention_heads=heads,
+                                    intermediate_size=4 * dim, num_labels=n_classes, max_length=frames,
+                                    layer_norm_eps=1e-6)
+    return transformers.ASTForAudioClassification(config).eval()
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_logits_with_the_authors_pth(tmp_path, prefix):
+    theirs = AuthorsAST(96, 3, 4, 7).eval()
+    randomise(theirs)
+    torch.save({prefix + key: value for key, value in theirs.state_dict().items()}, tmp_path / "a.pth")
+    model = AST(ASTConfig(7, dim=96, depth=3, heads=4)).eval()
+    report = load_pretrained(model, tmp_path / "a.pth", keep_head=True)
+    assert len(report.loaded) == len(model.state_dict()) and not report.reinitialised and not report.fitted
+    assert sorted(key.removeprefix(prefix) for key in report.unused) == [
+        "v.head.bias", "v.head.weight", "v.head_dist.bias", "v.head_dist.weight"]
+    x = torch.randn(2, 128, 1024)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), theirs(x, theirs.v.pos_embed), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("frames", [173, 398, 1024, 1300])
+def test_position_grid_as_the_authors_fit_it(tmp_path, frames):
+    theirs = AuthorsAST(96, 2, 4, 7).eval()
+    randomise(theirs)
+    torch.save(theirs.state_dict(), tmp_path / "a.pth")
+    model = AST(ASTConfig(7, dim=96, depth=2, heads=4)).eval()
+    load_pretrained(model, tmp_path / "a.pth", keep_head=True)
+    columns = (frames - 16) // 10 + 1
+    grid = theirs.v.pos_embed[:, 2:].transpose(1, 2).reshape(1, 96, 12, 101)
+    if columns < 101:
+        grid = grid[:, :, :, 50 - columns // 2:50 - columns // 2 + columns]
+    elif columns > 101:
+        grid = torch.nn.functional.interpolate(grid, size=(12, columns), mode="bilinear")
+    positions = torch.cat([theirs.v.pos_embed[:, :2], grid.reshape(1, 96, -1).transpose(1, 2)], 1)
+    x = torch.randn(2, 128, frames)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), theirs(x, positions), atol=1e-4, rtol=1e-4)
+
+
+def test_logits_with_the_hubs_safetensors(tmp_path):
+    theirs = hub_model(96, 3, 4, 7, 1024)
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    model = AST(ASTConfig(7, dim=96, depth=3, heads=4)).eval()
+    report = load_pretrained(model, tmp_path, keep_head=True)
+    assert len(report.loaded) == len(model.state_dict()) and not report.unused
+    for module in model.modules():  # the hub has one eps for all, 1e-12; here 1e-6, as in the blocks of the authors'
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-6
+    x = torch.randn(2, 128, 1024)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), theirs(x.transpose(1, 2)).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_new_classes_leave_the_head_alone_and_say_so(tmp_path):
+    theirs = AuthorsAST(96, 2, 4, 527)
+    torch.save(theirs.state_dict(), tmp_path / "a.pth")
+    model = AST(ASTConfig(10, dim=96, depth=2, heads=4))
+    head = model.head[1].weight.clone()
+    report = load_pretrained(model, tmp_path / "a.pth")
+    assert torch.equal(model.head[1].weight, head)
+    assert sorted(report.reinitialised) == ["head.0.bias", "head.0.weight", "head.1.bias", "head.1.weight"]
+    assert set(report.loaded) | set(report.reinitialised) == set(model.state_dict())
+    assert {"head.0.weight", "head.1.bias"} <= set(report.unused)
+    with pytest.raises(WeightsError, match="527"):
+        load_pretrained(model, tmp_path / "a.pth", keep_head=True)
+
+
+def test_imagenet_deit_is_summed_and_fitted(tmp_path):
+    deit = timm.create_model("deit_tiny_distilled_patch16_224")
+    randomise(deit)
+    torch.save(deit.state_dict(), tmp_path / "deit.pth")
+    model = AST(ASTConfig.tiny(10))
+    report = load_pretrained(model, tmp_path / "deit.pth")
+    assert set(report.fitted) == {"patch_embed.weight", "pos_embed"}
+    torch.testing.assert_close(model.patch_embed.weight, deit.patch_embed.proj.weight.sum(1, keepdim=True))
+    grid = deit.pos_embed[:, 2:].transpose(1, 2).reshape(1, 192, 14, 14)
+    grid = torch.nn.functional.interpolate(grid, size=(14, 101), mode="bilinear")[:, :, 7 - 6:7 + 6]
+    torch.testing.assert_close(model.pos_embed[:, 2:], grid.flatten(2).transpose(1, 2))
+
+
+def broken(state, how):
+    state = dict(state)
+    if how == "missing":
+        del state["v.blocks.1.mlp.fc2.bias"]
+    elif how == "extra":
+        state["v.blocks.1.gamma"] = torch.zeros(3)
+    elif how == "shape":
+        state["v.blocks.0.attn.proj.weight"] = torch.zeros(96, 95)
+    elif how == "nan":
+        state["v.norm.weight"] = torch.full((96,), float("nan"))
+    return state
+
+
+@pytest.mark.parametrize("how, says", [("missing", "fc2.bias"), ("extra", "gamma"), ("shape", "attn.proj"),
+                                       ("nan", "not finite")])
+def test_anything_unexpected_is_an_error_and_changes_nothing(tmp_path, how, says):
+    model = AST(ASTConfig(10, dim=96, depth=2, heads=4))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    torch.save(broken(AuthorsAST(96, 2, 4, 10).state_dict(), how), tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match=says):
+        load_pretrained(model, tmp_path / "a.pth")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_files_that_are_no_weights(tmp_path):
+    model = AST(ASTConfig(10, dim=96, depth=2, heads=4))
+    (tmp_path / "text.pth").write_text("not weights")
+    torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "pickled.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:-4])
+    for name, says in (("text.pth", "damaged|pickled"), ("pickled.pth", "never run"), ("list.pth", "state dict"),
+                       ("other.safetensors", "whole AST"), ("cut.safetensors", "damaged"), ("none.pth", "no such file")):
+        with pytest.raises(WeightsError, match=says) as caught:
+            load_pretrained(model, tmp_path / name)
+        assert "\n" not in str(caught.value)
+    torch.save(AuthorsAST(192, 2, 4, 10).state_dict(), tmp_path / "wide.pth")
+    with pytest.raises(WeightsError, match="dim 192"):
+        load_pretrained(model, tmp_path / "wide.pth")
+
+
+def test_parameters_of_the_base_size():
+    with torch.device("meta"):
+        n = sum(p.numel() for p in AST(ASTConfig.base(10)).parameters())
+    assert round(n / 1e6, 1) == 86.2
+
+
+def test_swapped_axes_are_refused():
+    model = AST(ASTConfig(3, dim=32, depth=1, heads=2))
+    assert model(torch.randn(1, 128, 1024)).shape == (1, 3)
+    with pytest.raises(ValueError, match=r"axes are swapped"):
+        model(torch.randn(1, 1024, 128))
+    for shape in ((1, 64, 200), (1, 1, 128, 200), (1, 128, 15)):
+        with pytest.raises(ValueError, match="AST"):
+            model(torch.randn(shape))
+
+
+def test_fit_grid_cuts_around_the_centre_of_both_axes():
+    grid = torch.arange(12 * 101.0).reshape(1, 1, 12, 101)
+    torch.testing.assert_close(fit_grid(grid, 4, 6), grid[:, :, 4:8, 47:53])
+
+
+def test_drop_path_belongs_to_the_clip():
+    model = AST(ASTConfig(3, dim=32, depth=4, heads=2, drop_path=0.9)).train()
+    x, noise = torch.randn(4, 128, 64), torch.rand(4, 8)
+    whole = model(x, noise)
+    halves = torch.cat([model(x[:2], noise[:2]), model(x[2:], noise[2:])])
+    torch.testing.assert_close(whole, halves)
+    assert not torch.allclose(whole, model(x, torch.rand(4, 8)))
+    kept = model(x, torch.ones(4, 8))  # nothing dropped, the branches scaled up
+    model.config = ASTConfig(3, dim=32, depth=4, heads=2)
+    assert not torch.allclose(kept, model.eval()(x))
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    torch.manual_seed(0)
+    model = AST(ASTConfig(3, dim=32, depth=3, heads=2, drop_path=0.3)).train()
+    x, noise = torch.randn(2, 128, 64), torch.rand(2, 6)
+    grads = []
+    for model.checkpointing in (False, True):
+        model.zero_grad()
+        model(x, noise).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_every_parameter_is_in_exactly_one_group():
+    model = AST(ASTConfig(3, dim=32, depth=2, heads=2))
+    groups = parameter_groups(model, 5e-5, 1e-3, 0.01)
+    grouped = [p for group in groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
+    by_name = {group["name"]: group for group in groups}
+    assert {name: (g["lr"], g["weight_decay"]) for name, g in by_name.items()} == {
+        "backbone": (5e-5, 0.01), "backbone_no_decay": (5e-5, 0.0), "head": (1e-3, 0.01), "head_no_decay": (1e-3, 0.0)}
+    undecayed = {id(p) for name in ("backbone_no_decay", "head_no_decay") for p in by_name[name]["params"]}
+    for name, p in model.named_parameters():
+        plain = name.endswith("bias") or "norm" in name or name.startswith("head.0") or name in (
+            "cls_token", "dist_token", "pos_embed")
+        assert (id(p) in undecayed) == plain, name
+    model.patch_embed.requires_grad_(False)
+    assert sum(len(group["params"]) for group in parameter_groups(model, 1, 1, 0)) == len(grouped) - 2
