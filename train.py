@@ -44,8 +44,8 @@ INPUT_ERRORS = (CheckpointError, DataError, DeviceError, RunError, WeightsError)
 RECIPES = {
     "baseline": {},
     "augmented": dict(freq_mask=15, time_mask=35, specaug_p=0.8, mixup_alpha=0.4, mixup_p=0.6),
-    "demo": dict(weights="none", dim=128, depth=4, heads=4, epochs=24, patience=24, effective_batch=8, lr_backbone=1e-3,
-                 lr_head=1e-3, weight_decay=5e-2),
+    "demo": dict(weights="none", dim=128, depth=4, heads=4, epochs=32, patience=32, effective_batch=4, lr_backbone=8e-4,
+                 lr_head=8e-4, weight_decay=5e-2, freq_mask=15, time_mask=35, mixup_alpha=0.4, mixup_p=0.5, shift_p=1.0),
 }
 # Flags that may differ when a run is resumed: they change where and how fast it runs, not what comes out.
 FREE_ON_RESUME = {"resume", "run_dir", "workers", "device", "tensorboard", "eval_batch_size"}
@@ -105,6 +105,7 @@ def parse(argv=None):
     add("--specaug-p", type=float, default=0.8, help="SpecAugment: probability per clip")
     add("--mixup-alpha", type=float, default=0.0, help="MixUp: Beta(alpha, alpha); 0 is off")
     add("--mixup-p", type=float, default=0.6, help="MixUp: probability per clip")
+    add("--shift-p", type=float, default=0.0, help="circular shift in time: probability per clip")
     add = parser.add_argument_group("run").add_argument
     add("--run-dir", help="folder of this run (default: runs/<time>-<data>)")
     add("--resume", nargs="?", const="auto", help="continue: the run in --run-dir (default: the newest), or a FILE")
@@ -119,20 +120,22 @@ def parse(argv=None):
     recipe = given.get("recipe") or ("demo" if given.get("data", "demo") == "demo" else "baseline")
     parser.set_defaults(recipe=recipe, **RECIPES[recipe])
     args = parser.parse_args(argv)
-    check_flags(parser, args)
+    check_flags(parser, args, given)
     return args, given
 
 
-def check_flags(parser, args):
+def check_flags(parser, args, given):
     if args.effective_batch is None:
         args.effective_batch = -(-32 // max(1, args.batch_size)) * args.batch_size
+    elif "effective_batch" not in given:  # a recipe's, made to fit the batch size
+        args.effective_batch = -(-args.effective_batch // max(1, args.batch_size)) * args.batch_size
     at_least = [("batch_size", 1), ("eval_batch_size", 1), ("epochs", 1), ("patience", 1), ("min_clips", 1),
                 ("seconds", 0.1), ("warmup_epochs", 0), ("lr_backbone", 0), ("lr_head", 0), ("weight_decay", 0),
                 ("clip_grad", 0), ("gamma", 0), ("freq_mask", 0), ("time_mask", 0), ("mixup_alpha", 0), ("workers", -1)]
     for name, low in at_least:
         if not getattr(args, name) >= low:
             parser.error(f"{flag(name)} {getattr(args, name)}: must be at least {low}")
-    for name in ("max_bad_share", "min_lr_ratio", "specaug_p", "mixup_p", "label_smoothing", "drop_path"):
+    for name in ("max_bad_share", "min_lr_ratio", "specaug_p", "mixup_p", "shift_p", "label_smoothing", "drop_path"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"{flag(name)} {getattr(args, name)}: must lie in 0 to 1")
     if args.effective_batch % args.batch_size:
@@ -146,10 +149,14 @@ def check_flags(parser, args):
         except ValueError:
             parser.error(f"--alpha {args.alpha}: none, a number, or balanced")
     try:
-        FrontendConfig.of(args.frontend, args.fmin, args.fmax)
-        ast_config(args, n_classes=2)
+        frontend = FrontendConfig.of(args.frontend, args.fmin, args.fmax)
+        config = ast_config(args, n_classes=2)
     except ValueError as error:
         parser.error(str(error))
+    frames = frontend.frames(round(args.seconds * frontend.sample_rate))
+    if frames < config.patch:
+        parser.error(f"--seconds {args.seconds:g}: gives {frames} frames of the {config.patch} that the model needs; use "
+                     f"{config.patch * frontend.hop_length / frontend.sample_rate + 0.05:.1f} or more")
 
 
 def flag(name):
@@ -186,6 +193,7 @@ def model_input(t, batch, epoch):
     """Waveforms -> augmented spectrograms (B, n_mels, frames) and soft labels (B, classes), on the device."""
     wave = batch.wave.to(t.precision.device, non_blocking=True)
     target = soft_target(batch.target.to(t.precision.device, non_blocking=True), t.model.config.n_classes)
+    wave = t.augment.shift(wave, epoch, batch.rows)
     wave, target = t.augment.mixup(wave, target, epoch, batch.rows)
     spec = t.frontend(wave)
     return t.augment.spec_augment(spec, t.frontend.silence(spec), epoch, batch.rows), target
@@ -216,9 +224,11 @@ def train_step(t, window, epoch):
     scaler.unscale_(t.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(t.model.parameters(), t.clip_grad)
     finite = torch.isfinite(grad_norm) & torch.isfinite(loss_sum)
-    if not scaler.is_enabled():  # the scaler does the same for fp16
+    fused = t.optimizer.defaults.get("fused")
+    if fused and not scaler.is_enabled():  # for fp16 the scaler does the same
         t.optimizer.found_inf = (~finite).float()  # the fused step leaves weights and moments alone where this is 1
-    scaler.step(t.optimizer)
+    if fused or finite:
+        scaler.step(t.optimizer)
     scaler.update()
     t.optimizer.zero_grad(set_to_none=True)
     if finite:
@@ -310,7 +320,7 @@ def main(argv=None):
     warmup_steps = round(args.warmup_epochs * loader.steps_per_epoch)
     total_steps = args.epochs * loader.steps_per_epoch
     schedule = RelativeSchedule(optimizer, warmup_steps, total_steps, args.schedule, args.min_lr_ratio)
-    augment = Augment(args.freq_mask, args.time_mask, args.specaug_p, args.mixup_alpha, args.mixup_p, args.seed)
+    augment = Augment(args.freq_mask, args.time_mask, args.specaug_p, args.mixup_alpha, args.mixup_p, args.shift_p, args.seed)
     t = Training(model, frontend, augment, build_loss(**loss).to(device), optimizer, schedule, precision,
                  args.clip_grad or float("inf"))
     print(f"step: {args.effective_batch // args.batch_size} x {args.batch_size} = {args.effective_batch} clips, "
@@ -370,11 +380,15 @@ def main(argv=None):
         for window in bar:
             leave_out(window, manifest, bad_files, run_dir)
             lrs = group_lrs(optimizer)
+            window = [batch for batch in window if len(batch.rows)]
+            if not window:  # not one of its clips can be read
+                progress.window += 1
+                continue
             n = sum(len(batch.rows) for batch in window)
             loss_sum, correct, grad_norm, stepped = [value.item() for value in train_step(t, window, epoch)]
             progress.count(loss_sum, correct, n, stepped)
             progress.seconds = time.perf_counter() - started
-            log.step(step=progress.step, epoch=epoch + 1, loss=loss_sum / max(1, n), grad_norm=grad_norm, clips=n,
+            log.step(step=progress.step, epoch=epoch + 1, loss=loss_sum / n, grad_norm=grad_norm, clips=n,
                      scale=precision.scaler.get_scale(), **lrs)
             bar.set_postfix_str(f"loss {progress.loss:.3f}, acc {progress.accuracy:.1%}, LR {lrs['lr_backbone']:.1e} "
                                 f"{lrs['lr_head']:.1e}, {progress.clips_per_second:.1f} clips/s", refresh=False)
@@ -445,9 +459,9 @@ def draw_first_batch(t, loader, out):
             own = manifest.classes[manifest.labels[row]]
             mixed = [f"{manifest.classes[i]} {share[i]:.0%}" for i in share.argsort(descending=True)[:2] if share[i] > 0]
             specs.append(one)
-            titles.append(own if len(mixed) == 1 else " + ".join(mixed))
+            titles.append(own if len(mixed) == 1 else "\n".join(mixed))
     c = t.frontend.config
-    pictures.batch(specs[:16], titles[:16], out, c.sample_rate, c.hop_length, t.frontend.mel_hz.numpy(), t.frontend.unit)
+    pictures.batch(specs, titles, out, c.sample_rate, c.hop_length, t.frontend.mel_hz.numpy(), t.frontend.unit)
 
 
 def smoke_test(t, loader, args, bad_files):

@@ -5,23 +5,38 @@ import numpy as np
 import torch
 from scipy.special import betaincinv
 
-from .draws import MIX, SPECAUGMENT, uniform
+from .draws import MIX, SHIFT, SPECAUGMENT, uniform
 
 
 @dataclass(frozen=True)
 class Augment:
-    """SpecAugment and MixUp. A width or alpha of 0 turns that part off.
+    """Circular shift, SpecAugment and MixUp. A probability, width or alpha of 0 turns that part off.
 
     freq_mask (mels), time_mask (frames): widest mask, one of each per clip, drawn from 0 to that width;
     specaug_p: probability per clip that it is masked at all. mixup_alpha: of Beta(alpha, alpha) for the
-    share; mixup_p: probability per clip that it is mixed.
+    share; mixup_p: probability per clip that it is mixed. shift_p: probability per clip that it is turned.
     """
     freq_mask: int = 0
     time_mask: int = 0
     specaug_p: float = 1.0
     mixup_alpha: float = 0.0
     mixup_p: float = 1.0
+    shift_p: float = 0.0
     seed: int = 0
+
+    def shift(self, wave, epoch, clips):
+        """Turn clips in time by any amount, what leaves at the end coming back at the start.
+
+        wave (B, samples), clips: B clip numbers -> (B, samples).
+        """
+        if self.shift_p == 0:
+            return wave
+        samples = wave.shape[1]
+        u = uniform(self.seed, epoch, clips, SHIFT, 2)  # (B, 2)
+        by = (u[:, 0] * samples).astype(np.int64) * (u[:, 1] < self.shift_p)
+        by = torch.from_numpy(by).to(wave.device, non_blocking=True)
+        place = torch.arange(samples, device=wave.device)[None, :] - by[:, None]
+        return wave.gather(1, place.remainder(samples))
 
     def mixup(self, wave, target, epoch, clips):
         """Mix each clip with the next one of the batch (H. Zhang et al., "mixup", 2018).

@@ -19,11 +19,11 @@ SAMPLES = int(SAMPLE_RATE * SECONDS)
 COUNTS = {"rain": 80, "chirp_up": 64, "engine": 54, "trill": 46, "harmonic_call": 40,
           "clicks": 34, "siren": 28, "surf": 24, "chirp_down": 20, "bell": 18}  # clips per class, 408 in all
 CLASSES = tuple(sorted(COUNTS))
-VERSION = 1  # raise it with every change of the recipe: older copies are then rewritten
+VERSION = 2  # raise it with every change of the recipe: older copies are then rewritten
 
-README = """Demo data of warble: synthesised sounds, written by data/demo.py. One folder per class, clips of 4 s, 22,050 Hz,
-mono, 16-bit WAV. Your own data may be laid out in the same way, a folder of class folders of recordings, with
-file names, lengths and sample rates as they come. Keep it elsewhere: this folder is the demo's to rewrite.
+README = """Demo data of warble: synthesised sounds, written by data/demo.py. One folder per class, clips of 4 s,
+22,050 Hz, mono, 16-bit WAV. Your own data may be laid out in the same way, a folder of class folders of
+recordings, with names, lengths and sample rates as they come; elsewhere, for this folder is the demo's to rewrite.
 """
 
 
@@ -247,10 +247,10 @@ def synthesise(name: str, index: int, seed: int = 0) -> np.ndarray:
     clip = _unit_level(FAMILIES[name](rng))
     if rng.random() < 0.6:
         clip = _reverberate(rng, clip)
-    worst = 0 if name in ("rain", "surf") else -6  # dB; a hiss drowns in noise long before a tone does
-    snr = rng.uniform(worst, worst + 9) if rng.random() < 0.25 else rng.uniform(worst + 9, 30)
+    worst = 6 if name in ("rain", "surf") else 0  # dB; a hiss drowns in noise long before a tone does
+    snr = rng.uniform(worst, worst + 9) if rng.random() < 0.15 else rng.uniform(worst + 9, 30)
     clip = clip + 10 ** (-snr / 20) * _background(rng)
-    if rng.random() < 0.35:
+    if rng.random() < 0.2:
         clip = clip + 10 ** (rng.uniform(-18, -7) / 20) * _distractor(rng, name)
     clip *= 10 ** (rng.uniform(-24, -0.5) / 20) / np.abs(clip).max()
     return (np.rint(clip * 32767) / 32768).astype(np.float32)

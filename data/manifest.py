@@ -39,7 +39,7 @@ WEAK_PATTERNS = ("segment number", "time range")
 NAME_PATTERNS = {
     "ESC source number": r"^\d-(\d+)-[A-Z](?:-\d+)?$",
     "UrbanSound8K source number": r"^(\d+)-\d+-\d+-\d+$",
-    "XC number": r"(?:^|[^A-Za-z0-9])XC[ _-]?(\d{2,})(?!\d)",
+    "XC number": r"(?:^|[^A-Za-z0-9])XC[ _-]?(\d+)",
     "segment number": r"^(.+?)[ ._-]+(?:segment|seg|part|pt|chunk|clip|slice|split|window|win)[ ._-]*\d+$",
     "time range": r"^(.+?)[_-](\d+(?:\.\d+)?)(?:m?s)?[_-](\d+(?:\.\d+)?)(?:m?s)?$",
 }
@@ -214,13 +214,11 @@ def _from_table(table, audio_dir):
                                 f"{rows[j][columns[role]]} and {rows[i][columns[role]]}; take one row out")
         if i == j:
             kept.append(i)
-    if len(kept) < len(rows):
-        notes.append(f"left out: {len(rows) - len(kept)} rows that repeat another row")
+    notes += [f"left out: {len(rows) - len(kept)} rows that repeat another row"] * (len(kept) < len(rows))
     name = table.parent.parent.name if table.parent.name in ("meta", "metadata") else table.stem
     pick = {role: [values[i] for i in kept] for role, values in fields.items()}
-    source = f"column {header[columns['group']]}" if "group" in columns else None
     return _build(name, root, [paths[i] for i in kept], pick["label"], notes, pick.get("split"), pick.get("fold"),
-                  start[kept], end[kept], pick.get("group"), source)
+                  start[kept], end[kept], pick.get("group"), "column " + header[columns.get("group", 0)])
 
 
 def _read_table(table):
@@ -266,7 +264,8 @@ def _choose_columns(table, header, rows):
             if names.count(names[present[0]]) > 1:
                 raise DataError(f"{table}: the column {header[present[0]]} is there twice; take one out")
         elif role in ("path", "label"):
-            raise DataError(f"{table} has no {role} column among {', '.join(header)}; name one of them {role}")
+            raise DataError(f"{table} has no {role} column with anything in it among {', '.join(header)}; name one of "
+                            f"them {role}")
     return columns, ["columns used: " + ", ".join(
         header[i] if names[i] == role else f"{header[i]} as {role}" for role, i in columns.items())] + notes
 
@@ -287,6 +286,8 @@ def _place(table, audio_dir, numbers, fields):
 
     def located(layout, i):
         root, base, folders = layout
+        if folders[i] and os.path.normpath(texts[i]).startswith("../"):  # would only undo the folder
+            return None
         path, inside = os.path.normpath(os.path.join(base, folders[i], texts[i])), root.rstrip("/") + "/"
         return path[len(inside):] if path.startswith(inside) else None
 

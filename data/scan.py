@@ -211,7 +211,7 @@ def _recall(facts, known):
     if len(known) == 0:
         return
     at = np.minimum(np.searchsorted(known["key"], facts["key"]), len(known) - 1)
-    hit = (known["key"][at] == facts["key"]) & (facts["key"] != b"")
+    hit = known["key"][at] == facts["key"]
     facts[hit] = known[at[hit]]
 
 

@@ -34,6 +34,9 @@ def assign_splits(manifest, duplicates, val=0.15, test=0.15, seed=0, fold=None):
         lines.append(f"the data has folds and --fold is not given: fold {fold} is the test")
     if fold is not None:
         lines.append(_by_fold(manifest, fold))
+    empty = [name for name, n in zip(manifest.classes, manifest.counts()) if n == 0]
+    if empty:
+        lines.append(f"classes without a clip, such as all of them broken: {_some(empty)}")
     given = [name for i, name in enumerate(SPLITS) if (split == i).any()]
     if not given:
         rare = [name for name, n in zip(manifest.classes, manifest.counts()) if n == 1]

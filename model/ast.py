@@ -129,8 +129,10 @@ class AST(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, config.n_classes))
         self.apply(_init)
-        for token in (self.cls_token, self.dist_token, self.pos_embed):
-            nn.init.trunc_normal_(token, std=0.02)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.dist_token, std=0.02)
+        with torch.no_grad():  # learning where a patch lies from 2% noise costs a small data set many epochs
+            self.pos_embed[0, 2:] = sincos_grid(rows, columns, dim)
 
     def forward(self, x, noise=None):
         return self.head(self.features(x, noise))
@@ -189,7 +191,18 @@ def fit_grid(grid, rows, columns):
     return grid
 
 
+def sincos_grid(rows, columns, dim):
+    """(rows * columns, dim) sines and cosines of the row and of the column (X. Chen et al., "An Empirical
+    Study of Training Self-Supervised Vision Transformers", 2021), the start from random weights."""
+    quarter = max(1, dim // 4)
+    rate = 10000.0 ** -(torch.arange(quarter) / quarter)
+    angles = [torch.arange(n, dtype=torch.float32)[:, None] * rate for n in (rows, columns)]
+    row, column = (torch.cat([a.sin(), a.cos()], dim=1) for a in angles)  # (n, 2 * quarter)
+    grid = torch.cat([row[:, None].expand(-1, columns, -1), column[None].expand(rows, -1, -1)], dim=2)
+    return F.pad(grid, (0, max(0, dim - grid.shape[2])))[..., :dim].reshape(rows * columns, dim)
+
+
 def _init(module):
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)

@@ -63,3 +63,12 @@ def test_off_is_off():
     assert mixed is wave and soft is target and Augment().spec_augment(spec, None, 0, [0, 1, 2]) is spec
     one = Augment(mixup_alpha=1.0, mixup_p=1.0).mixup(wave[:1], target[:1], 0, [0])
     assert one[0] is not None and torch.equal(one[0], wave[:1])
+
+
+def test_shift_turns_each_clip_by_its_own_amount():
+    wave = torch.arange(50.0).expand(300, 50)
+    out = Augment(shift_p=0.5).shift(wave, 2, np.arange(300))
+    by = out.argmin(1)  # where sample 0 went
+    assert all(torch.equal(o, torch.roll(w, int(k))) for o, w, k in zip(out, wave, by, strict=True))
+    assert 0.42 < (by > 0).float().mean() < 0.58 and len(by.unique()) > 40
+    assert torch.equal(out[7:9], Augment(shift_p=0.5).shift(wave[7:9], 2, [7, 8]))

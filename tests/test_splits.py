@@ -47,18 +47,15 @@ def units_of(manifest, duplicates):
     return sets
 
 
-def random_manifest(rng, shared):
-    """2 to 8 classes of 2 to 80 clips in uneven groups; with `shared` some groups hold several classes."""
+def random_manifest(rng):
+    """2 to 8 classes of 2 to 80 clips in uneven groups of their own, some with copies in other groups."""
     labels, group = [], []
     for c in range(rng.integers(2, 9)):
         n = int(rng.choice([2, 3, 4, 10, 30, 80]))
         labels += [f"class {c}"] * n
         group += (1000 * c + rng.integers(0, rng.integers(1, n + 1), n)).tolist()
-    group = np.array(group)
-    for _ in range(rng.integers(1, 6) if shared else 0):
-        group[rng.integers(0, len(group), rng.integers(2, 5))] = 10**6 + rng.integers(0, 3)
     order = rng.permutation(len(labels))
-    manifest = make([labels[i] for i in order], group[order])
+    manifest = make([labels[i] for i in order], np.array(group)[order])
     duplicates = []
     for c in range(len(manifest.classes)):
         rows = rng.permutation(np.flatnonzero(manifest.labels == c))
@@ -67,15 +64,22 @@ def random_manifest(rng, shared):
     return manifest, duplicates
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_random_manifests(shared):
-    tested = untested = 0
+def shared_manifest(rng):
+    """2 to 11 classes, even or skewed, strewn over groups that hold several of them, as field recordings do."""
+    n, n_classes = rng.integers(10, 150), rng.integers(2, 12)
+    labels = rng.integers(0, n_classes, n) if rng.random() < 0.5 else np.minimum(rng.geometric(0.3, n), n_classes) - 1
+    group = rng.integers(0, max(2, int(n * rng.uniform(0.1, 0.8))), n)
+    kept = np.bincount(labels)[labels] > 1
+    return make([f"class {label:02d}" for label in labels[kept]], group[kept])
+
+
+def test_random_manifests():
     for trial in range(250):
-        rng = np.random.default_rng([trial, shared])
-        manifest, duplicates = random_manifest(rng, shared)
+        manifest, duplicates = random_manifest(np.random.default_rng(trial))
         units = units_of(manifest, duplicates)
         val, test = [(0.15, 0.15), (0.1, 0.2), (0.25, 0.25)][trial % 3]
-        held = [sum(bool((manifest.labels[list(rows)] == c).any()) for rows in units) for c in range(len(manifest.classes))]
+        of_class = [[(manifest.labels[list(rows)] == c).sum() for rows in units] for c in range(len(manifest.classes))]
+        held = [sum(n > 0 for n in sizes) for sizes in of_class]  # units of each class
         if max(held) < 2:
             refused("no clips for test", "add recordings", assign_splits, manifest, duplicates, val, test, trial)
             continue
@@ -85,25 +89,37 @@ def test_random_manifests(shared):
             assert len(set(manifest.split[list(rows)].tolist())) == 1, "a unit is divided"
         assert audit(manifest, duplicates) == []
         counts = table_of(manifest)
-        assert (counts[0] > 0).all(), "a class that is not in train"
-        said = " ".join(lines)
         for c, name in enumerate(manifest.classes):
-            if held[c] == 1:
-                assert counts[1:, c].sum() == 0 and "lie in one group" in said
-            elif shared:
-                tested += counts[2, c] > 0
-                untested += counts[2, c] == 0
-                assert counts[2, c] > 0 or "not in test, since their groups" in said
-            else:
+            assert counts[0, c] > 0, f"{name} is not in train"
+            if held[c] > 1:
                 assert counts[2, c] > 0, f"{name} is not in test"
-                assert held[c] < 3 or counts[1, c] > 0, f"{name} is not in val"
-        if not shared:  # near the wanted shares: within the largest unit, and one clip of rounding
-            largest = [max((manifest.labels[list(rows)] == c).sum() for rows in units) for c in range(len(held))]
-            for i, share in enumerate((1 - val - test, val, test)):
-                for c in range(len(held)):
-                    if held[c] >= 3:
-                        assert abs(counts[i, c] - share * counts[:, c].sum()) < largest[c] + 1
-    assert not shared or untested < 0.02 * tested
+            else:
+                assert counts[1:, c].sum() == 0 and "lie in one group" in "".join(lines)
+            if held[c] > 2:  # near the wanted shares: within the largest unit, and one clip of rounding
+                assert counts[1, c] > 0, f"{name} is not in val"
+                for i, share in enumerate((1 - val - test, val, test)):
+                    assert abs(counts[i, c] - share * counts[:, c].sum()) < max(of_class[c]) + 1
+
+
+def test_groups_that_hold_several_classes():
+    testable = untested = unvalidated = 0
+    away = []
+    for trial in range(500):
+        manifest = shared_manifest(np.random.default_rng(trial))
+        lines = assign_splits(manifest, [], seed=trial)
+        assert audit(manifest, []) == []
+        counts = table_of(manifest)
+        assert (counts[0] > 0).all(), "a class is not in train"
+        held = np.array([len(set(manifest.group[manifest.labels == c])) for c in range(len(manifest.classes))])
+        absent = [name for c, name in enumerate(manifest.classes) if held[c] > 1 and counts[2, c] == 0]
+        told = [line for line in lines if line.startswith("not in test, since their groups hold other classes too: ")]
+        assert [line.split(": ")[1].split(", ") for line in told] == ([absent] if absent else [])
+        testable, untested = testable + (held > 1).sum(), untested + len(absent)
+        unvalidated += ((held > 2) & (counts[1] == 0)).sum()
+        shares = (counts / counts.sum(axis=0))[:, held > 2]
+        away += np.abs(shares - np.array([[0.7], [0.15], [0.15]])).mean(axis=0).tolist()
+    # Not every class can have all three when groups are shared. What this algorithm reaches, with some room:
+    assert 0 < untested < 0.006 * testable and unvalidated < 0.01 * testable and np.mean(away) < 0.08
 
 
 @pytest.mark.parametrize("sizes", [[1] * 100, [1, 2, 3, 4] * 15, [7, 1, 1, 5, 1, 2, 2] * 8])
@@ -125,6 +141,12 @@ def test_few_clips():
     manifest = make([f"class {c:02d}" for c in range(40) for _ in range(10)])  # 1.5 clips for val and for test
     assign_splits(manifest, [])
     assert table_of(manifest).sum(axis=1).tolist() == [280, 60, 60]  # the odd clip goes to both alike
+
+
+def test_a_class_whose_clips_are_all_gone_is_told():
+    manifest = make(["a"] * 9 + ["b"] * 9 + ["c"] * 2).take(range(18))
+    assert "classes without a clip, such as all of them broken: c" in assign_splits(manifest, [])
+    assert table_of(manifest)[:, 2].tolist() == [0, 0, 0]
 
 
 def test_a_class_in_one_group_goes_to_train():
@@ -149,7 +171,7 @@ def test_copies_stay_together():
 
 def test_order_of_rows_does_not_matter_but_the_seed_does():
     rng = np.random.default_rng(5)
-    manifest, duplicates = random_manifest(rng, shared=True)
+    manifest, duplicates = random_manifest(rng)
     assign_splits(manifest, duplicates, seed=3)
     wanted = dict(zip(manifest.paths, manifest.split.tolist()))
     for _ in range(10):
@@ -252,7 +274,8 @@ def test_given_splits_that_are_refused():
 def test_audit():
     manifest = make(["a", "b"] * 4, split=[0, 0, 0, 0, 1, 1, 2, 2], group=[0, 1, 2, 3, 0, 5, 6, 3])
     paths = manifest.paths
-    assert audit(manifest, []) == [f"2 groups (column group) in two splits, e.g. {paths[0]} (train) and {paths[4]} (val)"]
+    assert audit(manifest, []) == [
+        f"2 groups (column group) in two splits, e.g. {paths[0]} (train) and {paths[4]} (val)"]
     manifest.group = np.arange(8, dtype=np.int32)
     assert audit(manifest, []) == audit(manifest, [[0, 2]]) == []
     assert audit(manifest, [[0, 2, 6], [4, 0]]) == [
@@ -277,7 +300,8 @@ def test_drop_rare():
 # ---- split.csv
 
 def odd_manifest():
-    paths = ["plain.wav", " blank .wav", 'quo"te,comma;.wav', "line\nfeed\r.wav", "\udce9.wav", "=1+1.wav", "é/ü.wav", "h"]
+    paths = ["plain.wav", " blank .wav", 'quo"te,comma;.wav', "line\nfeed\r.wav", "\udce9.wav", "=1+1.wav", "é/ü.wav",
+             "h"]
     manifest = make(["a", "b, c"] * 4, paths=paths, group=[3, 1, 4, 1, 5, 9, 2, 6], split=[0, 1, 2, 0, -1, 1, 2, 0],
                     start=[0, 0.1, 1 / 3, 1e-7, 12345.678, 0, 2, 3])
     manifest.end[:4] = [1, 1e5, 2 / 3, 0.3]
@@ -313,7 +337,8 @@ def test_split_file_that_is_refused(tmp_path):
     write_split(odd_manifest(), path)
     refused("classes that are not asked for: b, c", "give the split.csv", read_split, path, "/data", ["a"])
     good = path.read_bytes()
-    for bad in (b"", b"path,label\n", good.replace(b"train", b"tram"), good[:-20], good.replace(b"12345.678", b"x"), b"\0" * 9):
+    for bad in (b"", b"path,label\n", good.replace(b"train", b"tram"), good[:-20],
+                good.replace(b"12345.678", b"x"), b"\0" * 9, good.replace(b'"start","end"', b'"end","start"')):
         path.write_bytes(bad)
         refused(str(path), "give the split.csv of a run", read_split, path, "/data")
 
