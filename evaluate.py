@@ -5,11 +5,14 @@ Holds `evaluate()`, which validation during training and the test both use.
 """
 import argparse
 import csv
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads stall on a shared CPU
 import torch
 from tqdm import tqdm
 

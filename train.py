@@ -6,12 +6,14 @@
 Reads from top to bottom: flags, then data, model, optimiser and the loop in `main`, around `train_step`.
 """
 import argparse
+import os
 import shlex
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads stall on a shared CPU
 import torch
 from tqdm import tqdm
 
@@ -19,7 +21,7 @@ from core.checkpoint import CheckpointError, link, load_checkpoint, load_newest,
 from core.metrics import point_metrics
 from core.precision import DeviceError, Precision, choose_precision, pick_device
 from core.progress import Progress
-from core.run import RunError, RunLog, create_run, describe_machine, lock_run, newest_run, write_json
+from core.run import RunError, RunLog, check_new, create_run, describe_machine, lock_run, newest_run, write_json
 from core.signals import StopRequest
 from core.smoke import duration, overfit, peak_memory_mb
 from data.augment import Augment
@@ -44,8 +46,9 @@ INPUT_ERRORS = (CheckpointError, DataError, DeviceError, RunError, WeightsError)
 RECIPES = {
     "baseline": {},
     "augmented": dict(freq_mask=15, time_mask=35, specaug_p=0.8, mixup_alpha=0.4, mixup_p=0.6),
-    "demo": dict(weights="none", dim=128, depth=4, heads=4, epochs=32, patience=32, effective_batch=4, lr_backbone=8e-4,
-                 lr_head=8e-4, weight_decay=5e-2, freq_mask=15, time_mask=35, mixup_alpha=0.4, mixup_p=0.5, shift_p=1.0),
+    "demo": dict(weights="none", dim=128, depth=4, heads=4, epochs=32, patience=32, monitor="val_loss", effective_batch=4,
+                 lr_backbone=8e-4, lr_head=8e-4, weight_decay=5e-2, freq_mask=15, time_mask=35, mixup_alpha=0.4,
+                 mixup_p=0.3, shift_p=1.0),
 }
 # Flags that may differ when a run is resumed: they change where and how fast it runs, not what comes out.
 FREE_ON_RESUME = {"resume", "run_dir", "workers", "device", "tensorboard", "eval_batch_size"}
@@ -239,10 +242,12 @@ def train_step(t, window, epoch):
 # --- the run ---
 
 def open_run(args, given):
-    """A new run folder, or the one to continue -> (folder, its lock, checkpoint or None, flags in force)."""
+    """The folder of a new run, not yet made, or the one to continue, locked -> (folder, its lock, checkpoint or
+    None, flags in force)."""
     if args.resume is None:
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(args.data).stem}"
-        return *create_run(args.run_dir or Path("runs") / name), None, args
+        run_dir = Path(args.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{Path(args.data).stem}")
+        check_new(run_dir)
+        return run_dir, None, None, args
     if args.resume == "auto":
         last = newest_run("runs", "last.pt")
         run_dir = Path(args.run_dir) if args.run_dir else last and last.parent
@@ -279,8 +284,6 @@ def main(argv=None):
     if state is None:
         manifest, bad_files = prepare(args.data, args.audio_dir, args.fold, args.min_clips, args.max_bad_share, args.scan,
                                       args.seed)
-        write_bad_files(bad_files, run_dir / "bad_files.csv")
-        write_split(manifest, run_dir / "split.csv")
     else:
         manifest, bad_files = Manifest.from_dict(state["manifest"]), [tuple(pair) for pair in state["bad_files"]]
     rows = {split: manifest.rows(split) for split in ("train", "val", "test")}
@@ -337,6 +340,9 @@ def main(argv=None):
     # run folder
     progress = Progress()
     if state is None:
+        run_dir, lock = create_run(run_dir)
+        write_bad_files(bad_files, run_dir / "bad_files.csv")
+        write_split(manifest, run_dir / "split.csv")
         write_json(run_dir / "run.json", {
             "flags": vars(args), "classes": manifest.classes, "clips": {split: len(rows[split]) for split in rows},
             "unreadable": len(bad_files), "split_sha256": split_hash(manifest), "weights": weights, "parameters": n_params,

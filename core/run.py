@@ -19,12 +19,18 @@ class RunError(ValueError):
     """A run folder that cannot be used: one line that names it and the mend."""
 
 
+def check_new(path):
+    """Raise RunError where a new run folder would meet something that exists."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(entry.name != ".lock" for entry in path.iterdir())):
+        raise RunError(f"--run-dir {path}: exists already; continue it with --resume, or give another --run-dir")
+
+
 def create_run(path):
     """Make a new run folder and lock it -> (Path, lock to keep). Raises RunError where it exists already
     with something in it, or cannot be written."""
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunError(f"--run-dir {path}: exists already; continue it with --resume, or give another --run-dir")
+    check_new(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

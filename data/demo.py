@@ -16,8 +16,8 @@ import numpy as np
 SAMPLE_RATE = 22050  # Hz
 SECONDS = 4.0
 SAMPLES = int(SAMPLE_RATE * SECONDS)
-COUNTS = {"rain": 80, "chirp_up": 64, "engine": 54, "trill": 46, "harmonic_call": 40,
-          "clicks": 34, "siren": 28, "surf": 24, "chirp_down": 20, "bell": 18}  # clips per class, 408 in all
+COUNTS = {"rain": 72, "chirp_up": 60, "engine": 52, "trill": 46, "harmonic_call": 40,
+          "clicks": 36, "siren": 32, "surf": 28, "chirp_down": 26, "bell": 24}  # clips per class, 408 in all
 CLASSES = tuple(sorted(COUNTS))
 VERSION = 2  # raise it with every change of the recipe: older copies are then rewritten
 
@@ -247,10 +247,10 @@ def synthesise(name: str, index: int, seed: int = 0) -> np.ndarray:
     clip = _unit_level(FAMILIES[name](rng))
     if rng.random() < 0.6:
         clip = _reverberate(rng, clip)
-    worst = 6 if name in ("rain", "surf") else 0  # dB; a hiss drowns in noise long before a tone does
-    snr = rng.uniform(worst, worst + 9) if rng.random() < 0.15 else rng.uniform(worst + 9, 30)
+    worst = 6 if name in ("rain", "surf") else 3  # dB; a hiss drowns in noise long before a tone does
+    snr = rng.uniform(worst, worst + 9) if rng.random() < 0.12 else rng.uniform(15, 35)
     clip = clip + 10 ** (-snr / 20) * _background(rng)
-    if rng.random() < 0.2:
+    if rng.random() < 0.12:
         clip = clip + 10 ** (rng.uniform(-18, -7) / 20) * _distractor(rng, name)
     clip *= 10 ** (rng.uniform(-24, -0.5) / 20) / np.abs(clip).max()
     return (np.rint(clip * 32767) / 32768).astype(np.float32)
