@@ -17,9 +17,9 @@ SAMPLE_RATE = 22050  # Hz
 SECONDS = 4.0
 SAMPLES = int(SAMPLE_RATE * SECONDS)
 COUNTS = {"rain": 72, "chirp_up": 60, "engine": 52, "trill": 46, "harmonic_call": 40,
-          "clicks": 36, "siren": 32, "surf": 28, "chirp_down": 26, "bell": 24}  # clips per class, 408 in all
+          "clicks": 36, "siren": 32, "surf": 28, "chirp_down": 26, "bell": 24}  # clips per class, 416 in all
 CLASSES = tuple(sorted(COUNTS))
-VERSION = 2  # raise it with every change of the recipe: older copies are then rewritten
+VERSION = 3  # raise it with every change of the recipe: older copies are then rewritten
 
 README = """Demo data of warble: synthesised sounds, written by data/demo.py. One folder per class, clips of 4 s,
 22,050 Hz, mono, 16-bit WAV. Your own data may be laid out in the same way, a folder of class folders of
@@ -102,8 +102,8 @@ def _chirp(rng, rising):
 
 def _siren(rng):
     """One unbroken tone whose pitch swings, from an even wail to a yelp that rises or falls at once."""
-    n = _length(rng.uniform(1.8, 4.0))
-    u = (np.arange(n) / SAMPLE_RATE / _log_uniform(rng, 0.4, 2.8) + rng.random()) % 1.0
+    n = _length(rng.uniform(2.8, 4.0))
+    u = (np.arange(n) / SAMPLE_RATE / _log_uniform(rng, 0.4, 2.0) + rng.random()) % 1.0
     peak = rng.uniform(0.1, 0.9)  # where in a turn the pitch is highest
     swing = np.where(u < peak, u / peak, (1 - u) / (1 - peak))
     freq = _log_uniform(rng, 400, 1500) * rng.uniform(1.2, 2.6) ** (swing ** rng.uniform(0.6, 1.5))
@@ -112,7 +112,7 @@ def _siren(rng):
 
 def _trill(rng):
     """Fast repetition of a short tonal note, in one or two bouts."""
-    rate, pitch, duty = _log_uniform(rng, 5, 22), _log_uniform(rng, 1300, 5000), rng.uniform(0.3, 0.8)
+    rate, pitch, duty = _log_uniform(rng, 7, 22), _log_uniform(rng, 1300, 5000), rng.uniform(0.3, 0.8)
     bend, glide, second = rng.uniform(-0.15, 0.15), rng.uniform(-0.2, 0.2), rng.uniform(0, 0.3)
     bouts = []
     for _ in range(rng.integers(1, 3)):
@@ -126,8 +126,8 @@ def _trill(rng):
 
 def _clicks(rng):
     """Train of short pulses, from dry ticks to ringing knocks, more or less regular."""
-    rate, jitter = _log_uniform(rng, 3, 18), rng.uniform(0.0, 0.25)
-    pitch, decay = _log_uniform(rng, 900, 5000), _log_uniform(rng, 0.001, 0.016)
+    rate, jitter = _log_uniform(rng, 3, 12), rng.uniform(0.0, 0.25)
+    pitch, decay = _log_uniform(rng, 900, 5000), _log_uniform(rng, 0.001, 0.008)
     n = _length(decay * 8)
     click = _ring(pitch, decay, n) + rng.uniform(0, 0.5) * _ring(pitch * rng.uniform(1.3, 2.2), decay / 2, n)
     train, at = np.zeros(_length(rng.uniform(0.8, 4.0))), 0.0
@@ -139,7 +139,7 @@ def _clicks(rng):
 
 def _harmonic_call(rng):
     """Voice-like calls: a stack of harmonics under two resonances, with a bent pitch and vibrato."""
-    pitch, seconds, k = _log_uniform(rng, 110, 700), _log_uniform(rng, 0.25, 1.4), np.arange(1, 31)
+    pitch, seconds, k = _log_uniform(rng, 150, 600), _log_uniform(rng, 0.25, 1.0), np.arange(1, 31)
     amps = 0.05 / k
     for centre in (_log_uniform(rng, 350, 1100), _log_uniform(rng, 1200, 3200)):
         amps = amps + np.exp(-0.5 * ((k * pitch - centre) / (0.3 * centre + 60)) ** 2) / np.sqrt(k)
@@ -157,17 +157,17 @@ def _engine(rng):
     """Low, rough harmonic hum with a wandering speed, over the hiss of the exhaust."""
     n = _length(rng.uniform(2.2, 4.0))
     speed = 1 + rng.uniform(0.01, 0.12) * _drift(rng, n, 2) + rng.uniform(-0.3, 0.3) * np.linspace(0, 1, n)
-    freq = _log_uniform(rng, 24, 120) * np.maximum(speed, 0.4)
+    freq = _log_uniform(rng, 24, 80) * np.maximum(speed, 0.4)
     hum = _harmonics(freq, rng.random(40) / np.arange(1, 41) ** rng.uniform(0.3, 1.0))
     hum *= 1 + rng.uniform(0.1, 0.5) * _harmonics(freq / rng.integers(2, 5), np.ones(1))  # uneven firing
     hiss = _noise(rng, 60, _log_uniform(rng, 400, 3000), 0.5)[:n] * (1 + 0.3 * _drift(rng, n, 20))
-    mix = hum / np.sqrt(np.mean(hum**2)) + _log_uniform(rng, 0.1, 0.7) * hiss
+    mix = hum / np.sqrt(np.mean(hum**2)) + _log_uniform(rng, 0.1, 0.3) * hiss
     return _place(rng, _fade(mix, rng.uniform(0.1, 0.8), rng.uniform(0.1, 0.8)))
 
 
 def _bell(rng):
     """Struck inharmonic partials, the higher ones dying sooner; one to five strokes."""
-    pitch, decay, apart = _log_uniform(rng, 350, 2200), _log_uniform(rng, 0.12, 1.4), _log_uniform(rng, 0.3, 1.2)
+    pitch, decay, apart = _log_uniform(rng, 350, 2200), _log_uniform(rng, 0.35, 1.4), _log_uniform(rng, 0.3, 1.2)
     ratios = np.array([0.5, 1.0, 1.19, 1.5, 2.0, 2.66, 3.01, 4.17]) * (1 + 0.02 * rng.standard_normal(8))
     amps = rng.uniform(0.2, 1.0, 8) / np.sqrt(np.arange(1, 9))
     stroke = sum(a * _ring(r * pitch, decay / r**0.7, _length(decay * 5)) for a, r in zip(amps, ratios))
@@ -197,7 +197,7 @@ def _surf(rng):
     swell = (0.5 + 0.5 * np.sin(2 * np.pi * (turns + rng.random()))) ** rng.uniform(1.0, 2.5)
     deep = _noise(rng, 80, _log_uniform(rng, 500, 1800), 0.8)
     spray = _noise(rng, 500, _log_uniform(rng, 3000, 9000), 0.5)
-    floor, bright = _log_uniform(rng, 0.05, 0.8), rng.uniform(0.3, 1.2)
+    floor, bright = _log_uniform(rng, 0.05, 0.3), rng.uniform(0.5, 1.2)
     return deep * (floor + swell) + bright * spray * (floor / 2 + swell**2)
 
 

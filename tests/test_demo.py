@@ -15,16 +15,16 @@ SMALL = {name: 0 for name in demo.CLASSES} | {"rain": 3, "bell": 2, "siren": 1}
 
 # sha256 of the int16 samples of each class's first clip. If the recipe was changed on purpose, raise demo.VERSION.
 FIRST_CLIPS = {
-    "bell": "0bba1b8b467bfc5f",
-    "chirp_down": "82ff627699bafaf5",
-    "chirp_up": "df9069fbb3d3cd1d",
-    "clicks": "5455107918b14f6e",
-    "engine": "a545f2ee75633d38",
-    "harmonic_call": "90b528fd109f62b1",
-    "rain": "ecaf5960683cdaf9",
-    "siren": "5e2f18836b58bba4",
-    "surf": "1f403bbc65628c39",
-    "trill": "03d14cf5450a39c0",
+    "bell": "92373c94ff5155a9",
+    "chirp_down": "b151b833185e50bc",
+    "chirp_up": "52d7fcbbb8ac4a82",
+    "clicks": "3926654b7d59f3a0",
+    "engine": "815cd664535feb61",
+    "harmonic_call": "9adcf477decca1e4",
+    "rain": "94ef69990791a640",
+    "siren": "22f268d706765fb5",
+    "surf": "f22a4ae02d1632a1",
+    "trill": "23c4a80744440d55",
 }
 
 
