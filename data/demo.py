@@ -19,7 +19,7 @@ SAMPLES = int(SAMPLE_RATE * SECONDS)
 COUNTS = {"rain": 72, "chirp_up": 60, "engine": 52, "trill": 46, "harmonic_call": 40,
           "clicks": 36, "siren": 32, "surf": 28, "chirp_down": 26, "bell": 24}  # clips per class, 416 in all
 CLASSES = tuple(sorted(COUNTS))
-VERSION = 3  # raise it with every change of the recipe: older copies are then rewritten
+VERSION = 4  # raise it with every change of the recipe: older copies are then rewritten
 
 README = """Demo data of warble: synthesised sounds, written by data/demo.py. One folder per class, clips of 4 s,
 22,050 Hz, mono, 16-bit WAV. Your own data may be laid out in the same way, a folder of class folders of
@@ -93,7 +93,7 @@ def _chirp(rng, rising):
     low, ratio, seconds = _log_uniform(rng, 450, 2400), rng.uniform(1.2, 2.6), _log_uniform(rng, 0.12, 0.9)
     amps = rng.random(4) * [0, 0.6, 0.4, 0.2] + [1, 0, 0, 0]
     events = []
-    for _ in range(rng.integers(1, 7)):
+    for _ in range(rng.integers(3, 7)):
         sweep = np.linspace(0, 1, _length(seconds * rng.uniform(0.85, 1.2))) ** _log_uniform(rng, 0.6, 1.7)
         freq = low * rng.uniform(0.95, 1.05) * ratio ** (sweep if rising else sweep[::-1])
         events.append(_fade(_harmonics(freq, amps), 0.02, rng.uniform(0.02, 0.08)))
@@ -116,7 +116,7 @@ def _trill(rng):
     bend, glide, second = rng.uniform(-0.15, 0.15), rng.uniform(-0.2, 0.2), rng.uniform(0, 0.3)
     bouts = []
     for _ in range(rng.integers(1, 3)):
-        n = _length(_log_uniform(rng, 0.6, 2.6))
+        n = _length(_log_uniform(rng, 1.0, 2.6))
         notes = np.cumsum(rate * (1 + 0.05 * _drift(rng, n, 4))) / SAMPLE_RATE
         u = np.minimum(notes % 1.0 / duty, 1.0)  # 0 to 1 within a note, then 1 until the next
         freq = pitch * (1 + bend * u + glide * np.linspace(-0.5, 0.5, n))
@@ -130,7 +130,7 @@ def _clicks(rng):
     pitch, decay = _log_uniform(rng, 900, 5000), _log_uniform(rng, 0.001, 0.008)
     n = _length(decay * 8)
     click = _ring(pitch, decay, n) + rng.uniform(0, 0.5) * _ring(pitch * rng.uniform(1.3, 2.2), decay / 2, n)
-    train, at = np.zeros(_length(rng.uniform(0.8, 4.0))), 0.0
+    train, at = np.zeros(_length(rng.uniform(2.0, 4.0))), 0.0
     while at < len(train) - n:
         train[int(at):int(at) + n] += click * rng.uniform(0.5, 1.0)
         at += SAMPLE_RATE / rate * (1 + jitter * rng.uniform(-1, 1))
@@ -141,11 +141,11 @@ def _harmonic_call(rng):
     """Voice-like calls: a stack of harmonics under two resonances, with a bent pitch and vibrato."""
     pitch, seconds, k = _log_uniform(rng, 150, 600), _log_uniform(rng, 0.25, 1.0), np.arange(1, 31)
     amps = 0.05 / k
-    for centre in (_log_uniform(rng, 350, 1100), _log_uniform(rng, 1200, 3200)):
+    for centre in (_log_uniform(rng, 450, 900), _log_uniform(rng, 1300, 2600)):
         amps = amps + np.exp(-0.5 * ((k * pitch - centre) / (0.3 * centre + 60)) ** 2) / np.sqrt(k)
     arch, slide, vibrato = rng.uniform(-0.2, 0.3), rng.uniform(-0.3, 0.3), rng.uniform(0, 0.04)
     turns, events = seconds * rng.uniform(4, 9), []  # turns of the vibrato in one call
-    for _ in range(rng.integers(1, 5)):
+    for _ in range(rng.integers(2, 5)):
         u = np.linspace(0, 1, _length(seconds * rng.uniform(0.7, 1.3)))
         bent = 1 + arch * np.sin(np.pi * u) + slide * u + vibrato * np.sin(2 * np.pi * turns * u)
         call = _harmonics(pitch * rng.uniform(0.93, 1.07) * bent, amps)
@@ -166,13 +166,13 @@ def _engine(rng):
 
 
 def _bell(rng):
-    """Struck inharmonic partials, the higher ones dying sooner; one to five strokes."""
+    """Struck inharmonic partials, the higher ones dying sooner; two to five strokes."""
     pitch, decay, apart = _log_uniform(rng, 350, 2200), _log_uniform(rng, 0.35, 1.4), _log_uniform(rng, 0.3, 1.2)
     ratios = np.array([0.5, 1.0, 1.19, 1.5, 2.0, 2.66, 3.01, 4.17]) * (1 + 0.02 * rng.standard_normal(8))
     amps = rng.uniform(0.2, 1.0, 8) / np.sqrt(np.arange(1, 9))
     stroke = sum(a * _ring(r * pitch, decay / r**0.7, _length(decay * 5)) for a, r in zip(amps, ratios))
     clip, at = np.zeros(SAMPLES), rng.uniform(0, 2.0)
-    for _ in range(rng.integers(1, 6)):
+    for _ in range(rng.integers(2, 6)):
         rest = clip[int(at * SAMPLE_RATE):]  # empty once past the end
         rest[:len(stroke)] += stroke[:len(rest)] * rng.uniform(0.5, 1.0)
         at += apart * rng.uniform(0.9, 1.1)
@@ -245,13 +245,13 @@ def synthesise(name: str, index: int, seed: int = 0) -> np.ndarray:
     """
     rng = np.random.default_rng([seed, CLASSES.index(name), index])
     clip = _unit_level(FAMILIES[name](rng))
-    if rng.random() < 0.6:
+    if rng.random() < 0.4:
         clip = _reverberate(rng, clip)
     worst = 6 if name in ("rain", "surf") else 3  # dB; a hiss drowns in noise long before a tone does
-    snr = rng.uniform(worst, worst + 9) if rng.random() < 0.12 else rng.uniform(15, 35)
+    snr = rng.uniform(worst, worst + 9) if rng.random() < 0.08 else rng.uniform(18, 35)
     clip = clip + 10 ** (-snr / 20) * _background(rng)
-    if rng.random() < 0.12:
-        clip = clip + 10 ** (rng.uniform(-18, -7) / 20) * _distractor(rng, name)
+    if rng.random() < 0.08:
+        clip = clip + 10 ** (rng.uniform(-18, -9) / 20) * _distractor(rng, name)
     clip *= 10 ** (rng.uniform(-24, -0.5) / 20) / np.abs(clip).max()
     return (np.rint(clip * 32767) / 32768).astype(np.float32)
 

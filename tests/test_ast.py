@@ -1,11 +1,15 @@
 """The AST against timm's distilled DeiT, assembled as the authors do it, and against the hub's."""
+import os
+
 import pytest
 import timm
 import torch
 import transformers
 from safetensors.torch import save_file
 
+from data.audio import read
 from model.ast import AST, ASTConfig, fit_grid
+from model.frontend import Fbank
 from model.groups import parameter_groups
 from model.pretrained import WeightsError, load_pretrained
 
@@ -221,3 +225,18 @@ def test_every_parameter_is_in_exactly_one_group():
         assert (id(p) in undecayed) == plain, name
     model.patch_embed.requires_grad_(False)
     assert sum(len(group["params"]) for group in parameter_groups(model, 1, 1, 0)) == len(grouped) - 2
+
+
+def test_the_real_audioset_weights_give_the_published_logits():
+    """transformers' integration test: logits[0, :3] of sample_audio.flac, from the dataset
+    nielsr/audio-spectogram-transformer-checkpoint, are [-0.8760, -7.0042, -8.6602]."""
+    weights, audio = (os.environ.get(name) for name in ("WARBLE_AUDIOSET", "WARBLE_SAMPLE_AUDIO"))
+    if not weights or not audio:
+        pytest.skip("set WARBLE_AUDIOSET to the hub's model.safetensors and WARBLE_SAMPLE_AUDIO to sample_audio.flac")
+    model = AST(ASTConfig.base(527)).eval()
+    load_pretrained(model, weights, keep_head=True)
+    spec = Fbank()(torch.from_numpy(read(audio, 16000))[None])[:, :, :1024]
+    padding = Fbank.mean / (-2 * Fbank.std)  # the authors pad with zeros before they normalise
+    spec = torch.nn.functional.pad(spec, (0, 1024 - spec.shape[2]), value=padding)
+    with torch.no_grad():
+        torch.testing.assert_close(model(spec)[0, :3], torch.tensor([-0.8760, -7.0042, -8.6602]), atol=1e-4, rtol=0)

@@ -15,16 +15,16 @@ SMALL = {name: 0 for name in demo.CLASSES} | {"rain": 3, "bell": 2, "siren": 1}
 
 # sha256 of the int16 samples of each class's first clip. If the recipe was changed on purpose, raise demo.VERSION.
 FIRST_CLIPS = {
-    "bell": "92373c94ff5155a9",
-    "chirp_down": "b151b833185e50bc",
-    "chirp_up": "52d7fcbbb8ac4a82",
-    "clicks": "3926654b7d59f3a0",
-    "engine": "815cd664535feb61",
-    "harmonic_call": "9adcf477decca1e4",
-    "rain": "94ef69990791a640",
+    "bell": "b03fc4906abad90f",
+    "chirp_down": "afb222c2cbdd8293",
+    "chirp_up": "a34784c21be692b5",
+    "clicks": "52a455ad34f4031c",
+    "engine": "0b7695d006c7e594",
+    "harmonic_call": "5dbf82900e4181c9",
+    "rain": "53cd6dcd55940db2",
     "siren": "22f268d706765fb5",
-    "surf": "f22a4ae02d1632a1",
-    "trill": "23c4a80744440d55",
+    "surf": "dacc67890ff30a47",
+    "trill": "b056590f3a188555",
 }
 
 
