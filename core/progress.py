@@ -8,7 +8,8 @@ class Progress:
     window: int = 0  # windows of the current epoch done
     step: int = 0  # windows done since the start of the run
     best: float | None = None  # best value of the monitored figure
-    best_epoch: int = 0  # counted from 1
+    best_epoch: int = 0  # counted from 1; of equal values the later one, trained at a lower LR
+    improved_epoch: int = 0  # when the best value was first reached
     # of the current epoch
     loss_sum: float = 0.0
     correct: int = 0
@@ -44,15 +45,17 @@ class Progress:
 
     @property
     def stale(self):
-        """Epochs since the best one."""
-        return self.epoch - self.best_epoch if self.best_epoch else 0
+        """Epochs since the best value was first reached."""
+        return self.epoch - self.improved_epoch
 
     def end_epoch(self, value, lower_is_better):
-        """Close the epoch with its monitored value -> whether it is the best so far."""
+        """Close the epoch with its monitored value -> whether none before was better."""
         self.epoch += 1
-        better = self.best is None or (value < self.best if lower_is_better else value > self.best)
+        if self.best is None or (value < self.best if lower_is_better else value > self.best):
+            self.best, self.improved_epoch = value, self.epoch
+        better = value == self.best
         if better:
-            self.best, self.best_epoch = value, self.epoch
+            self.best_epoch = self.epoch
         self.window = self.correct = self.clips = self.skipped = 0
         self.loss_sum = self.seconds = 0.0
         return better
