@@ -128,10 +128,9 @@ def parse(argv=None):
 
 
 def check_flags(parser, args, given):
-    if args.effective_batch is None:
-        args.effective_batch = -(-32 // max(1, args.batch_size)) * args.batch_size
-    elif "effective_batch" not in given:  # a recipe's, made to fit the batch size
-        args.effective_batch = -(-args.effective_batch // max(1, args.batch_size)) * args.batch_size
+    micro_batches = -(-(args.effective_batch or 32) // max(1, args.batch_size))  # rounded up
+    if "effective_batch" not in given:  # the default or a recipe's, made to fit the batch size
+        args.effective_batch = micro_batches * args.batch_size
     at_least = [("batch_size", 1), ("eval_batch_size", 1), ("epochs", 1), ("patience", 1), ("min_clips", 1),
                 ("seconds", 0.1), ("warmup_epochs", 0), ("lr_backbone", 0), ("lr_head", 0), ("weight_decay", 0),
                 ("clip_grad", 0), ("gamma", 0), ("freq_mask", 0), ("time_mask", 0), ("mixup_alpha", 0), ("workers", -1)]
@@ -143,7 +142,7 @@ def check_flags(parser, args, given):
             parser.error(f"{flag(name)} {getattr(args, name)}: must lie in 0 to 1")
     if args.effective_batch % args.batch_size:
         parser.error(f"--effective-batch {args.effective_batch}: not a multiple of --batch-size {args.batch_size}; "
-                     f"use {-(-args.effective_batch // args.batch_size) * args.batch_size}")
+                     f"use {micro_batches * args.batch_size}")
     if args.warmup_epochs > args.epochs:
         parser.error(f"--warmup-epochs {args.warmup_epochs:g}: longer than the run of --epochs {args.epochs}; lower it")
     if args.alpha not in ("none", "balanced"):
