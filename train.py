@@ -131,7 +131,7 @@ def check_flags(parser, args, given):
     micro_batches = -(-(args.effective_batch or 32) // max(1, args.batch_size))  # rounded up
     if "effective_batch" not in given:  # the default or a recipe's, made to fit the batch size
         args.effective_batch = micro_batches * args.batch_size
-    at_least = [("batch_size", 1), ("eval_batch_size", 1), ("epochs", 1), ("patience", 1), ("min_clips", 1),
+    at_least = [("batch_size", 1), ("effective_batch", 1), ("eval_batch_size", 1), ("epochs", 1), ("patience", 1), ("min_clips", 1),
                 ("seconds", 0.1), ("warmup_epochs", 0), ("lr_backbone", 0), ("lr_head", 0), ("weight_decay", 0),
                 ("clip_grad", 0), ("gamma", 0), ("freq_mask", 0), ("time_mask", 0), ("mixup_alpha", 0), ("workers", -1)]
     for name, low in at_least:

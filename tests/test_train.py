@@ -191,6 +191,7 @@ def test_wrong_data(kind, tmp_path, tones, capsys, monkeypatch):
     (["--epochs", "3", "--warmup-epochs", "4"], "--warmup-epochs"),
     (["--batch-size", "5", "--effective-batch", "32"], "35"),
     (["--batch-size", "0"], "--batch-size"),
+    (["--effective-batch", "0"], "--effective-batch"),
     (["--device", "tpu"], "--device"),
     (["--device", "cuda:99"], "--device"),
     (["--lr-head", "nan"], "--lr-head"),
