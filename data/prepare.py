@@ -42,7 +42,8 @@ def prepare(data, audio_dir=None, fold=None, min_clips=1, max_bad_share=0.05, ho
         manifest, notes = drop_rare(manifest, min_clips)
         twins = twins[frequent]
         _say(say, None, notes)
-    duplicates = [np.flatnonzero(twins == number).tolist() for number in np.unique(twins[twins >= 0])]
+    order = np.argsort(twins, kind="stable")[np.count_nonzero(twins < 0):]  # sets of twins, one after the other
+    duplicates = [rows.tolist() for rows in np.split(order, np.flatnonzero(np.diff(twins[order])) + 1) if len(rows)]
     notes = assign_splits(manifest, duplicates, seed=seed, fold=fold)
     _say(say, None, notes + [f"LEAK: {line}" for line in audit(manifest, duplicates)])
     for split in ("train", "val", "test"):

@@ -3,11 +3,10 @@ import csv
 import hashlib
 import io
 import os
-from pathlib import Path
 
 import numpy as np
 
-from .manifest import SPLITS, DataError, Manifest
+from .manifest import SPLITS, DataError
 from .scan import codes, printable, unite, write_atomic
 
 TRAIN, VAL, TEST = range(3)
@@ -120,31 +119,6 @@ def write_split(manifest, path):
     writer.writerow(COLUMNS)
     writer.writerows(_fields(manifest))
     write_atomic(path, os.fsencode(text.getvalue()))
-
-
-def read_split(path, root, classes=None):
-    """The manifest that `write_split` wrote, without its folds and notes.
-
-    root: folder of the audio. classes: their order, as a checkpoint has it; by default sorted by name.
-    Raises DataError for a file that is not such a table or has other classes.
-    """
-    try:
-        text = os.fsdecode(Path(path).read_bytes())
-        header, *rows = csv.reader(io.StringIO(text, newline=""))
-        if header != COLUMNS:
-            raise ValueError(f"its columns are {','.join(header)}")
-        paths, labels, split, group, start, end = zip(*rows)
-        classes = sorted(set(labels)) if classes is None else list(classes)
-        number = {name: i for i, name in enumerate(classes)}
-        if not number.keys() >= set(labels):
-            raise ValueError(f"it has classes that are not asked for: {_some(sorted(set(labels) - number.keys()))}")
-        return Manifest(
-            Path(path).parent.name, Path(os.path.abspath(root)), classes, list(paths),
-            np.array([number[label] for label in labels], np.int32), np.array(start, np.float32),
-            np.array([seconds or "nan" for seconds in end], np.float32), np.array(group, np.int32), "split file",
-            np.array([SPLITS.index(name) if name else -1 for name in split], np.int8), None, [])
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{path} cannot be used as a split: {error}; give the split.csv of a run") from None
 
 
 def split_hash(manifest):
