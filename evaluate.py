@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from core.checkpoint import CheckpointError, load_checkpoint
+from core.guard import NumbersError
 from core.metrics import confusion, evaluate_scores, per_class
 from core.precision import DeviceError, choose_precision, pick_device
 from core.run import RunError, newest_run, write_json
@@ -40,13 +41,22 @@ class Evaluation:
     losses: np.ndarray  # (n,) the mean over each clip's tiles
     broken: dict  # row -> why it could not be read
 
+    @classmethod
+    def merge(cls, parts):
+        """One Evaluation from those of the ranks, which had every n-th row each, ordered by row."""
+        rows, labels, scores, losses = (np.concatenate([getattr(part, name) for part in parts])
+                                        for name in ("rows", "labels", "scores", "losses"))
+        order = np.argsort(rows)
+        return cls(rows[order], labels[order], scores[order], losses[order],
+                   {row: why for part in parts for row, why in part.broken.items()})
+
 
 @torch.inference_mode()
 def evaluate(model, frontend, batches, manifest, rows, loss_fn, precision, stop=None, show=None):
     """Score every clip of `rows` once -> Evaluation, or None where `stop()` turned true on the way.
 
     batches: from `evaluation_batches` over the same rows. A clip with an unreadable tile is left out and
-    listed in `.broken`. Raises CheckpointError where scores are not finite.
+    listed in `.broken`. Raises NumbersError where scores are not finite.
     """
     model.eval()
     index = {int(row): i for i, row in enumerate(rows)}
@@ -70,9 +80,9 @@ def evaluate(model, frontend, batches, manifest, rows, loss_fn, precision, stop=
     keep = np.array([int(row) not in broken for row in rows], dtype=bool) & (tiles > 0)
     scores, losses = scores[keep] / tiles[keep, None], losses[keep] / tiles[keep]
     rows = np.asarray(rows)[keep]
-    if not np.isfinite(scores).all():
-        raise CheckpointError("the model's scores are not finite: its weights are damaged or the precision is too low; "
-                              "try --amp off")
+    if not np.isfinite(scores).all() or not np.isfinite(losses).all():
+        raise NumbersError("the model's scores are not finite: its weights are damaged or the precision is too low; try "
+                           "--amp off")
     return Evaluation(rows, manifest.labels[rows].astype(np.int64), scores, losses, broken)
 
 
@@ -238,3 +248,6 @@ if __name__ == "__main__":
         main()
     except INPUT_ERRORS as error:
         sys.exit(_fail(error))
+    except NumbersError as error:
+        _fail(error)
+        sys.exit(3)

@@ -6,32 +6,38 @@
 Reads from top to bottom: flags, then data, model, optimiser and the loop in `main`, around `train_step`.
 """
 import argparse
+import collections
+import math
 import os
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads stall on a shared CPU
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from core.checkpoint import CheckpointError, link, load_checkpoint, load_newest, save_checkpoint
+from core.checkpoint import CheckpointError, SaveTimer, link, load_checkpoint, save_checkpoint
+from core.distributed import Ranks, RanksError
+from core.guard import NumbersError, diverged
+from core.memory import OutOfMemory, Pieces, largest_batch, ran_out
 from core.metrics import point_metrics
 from core.precision import DeviceError, Precision, choose_precision, pick_device
 from core.progress import Progress
-from core.run import RunError, RunLog, check_new, create_run, describe_machine, lock_run, newest_run, write_json
+from core.run import DISK_ERRORS, RunError, RunLog, create_run, describe_machine, open_run, write_json
 from core.signals import StopRequest
-from core.smoke import duration, overfit, peak_memory_mb
+from core.smoke import peak_memory_mb, smoke_test
 from data.augment import Augment
-from data.clips import Clips, TrainLoader, evaluation_batches
+from data.clips import Batch, Clips, TrainLoader, evaluation_batches
 from data.draws import DROP_PATH, uniform
 from data.manifest import DataError, Manifest
 from data.prepare import prepare
 from data.scan import write_bad_files
 from data.splits import split_hash, write_split
-from evaluate import evaluate, restore, result_lines, write_results
+from evaluate import Evaluation, evaluate, result_lines, write_results
 from losses import balanced_alpha, build_loss, soft_target
 from model.ast import AST, ASTConfig
 from model.frontend import FrontendConfig, build_frontend
@@ -40,7 +46,8 @@ from model.pretrained import WeightsError, load_pretrained
 from report import pictures
 from sched import SHAPES, RelativeSchedule
 
-INPUT_ERRORS = (CheckpointError, DataError, DeviceError, RunError, WeightsError)
+INPUT_ERRORS = (CheckpointError, DataError, DeviceError, RunError, WeightsError)  # exit code 2
+NUMBERS_ERRORS = (NumbersError, OutOfMemory)  # exit code 3
 
 # A recipe is a set of flag values; a flag on the command line wins over it.
 RECIPES = {
@@ -51,7 +58,9 @@ RECIPES = {
                  mixup_p=0.3, shift_p=1.0),
 }
 # Flags that may differ when a run is resumed: they change where and how fast it runs, not what comes out.
-FREE_ON_RESUME = {"resume", "run_dir", "workers", "device", "tensorboard", "eval_batch_size"}
+FREE_ON_RESUME = {"resume", "run_dir", "workers", "device", "tensorboard", "eval_batch_size", "save_every", "max_skips",
+                  "on_divergence", "max_bad_share"}
+ROLLBACK_FACTOR, MOST_ROLLBACKS = 0.5, 5
 
 
 def parse(argv=None):
@@ -87,7 +96,7 @@ def parse(argv=None):
     add("--epochs", type=int, default=50, help="most epochs")
     add("--patience", type=int, default=7, help="stop after so many epochs without a better one")
     add("--monitor", default="val_acc", choices=("val_acc", "val_macro_f1", "val_map", "val_loss"), help="what best is")
-    add("--batch-size", type=int, default=4, help="clips on the device at once")
+    add("--batch-size", type=batch_size, default=4, help="clips on the device at once, or auto: as many as fit")
     add("--effective-batch", type=int, help="clips per optimiser step, by accumulation (default: 32, or the next "
         "multiple of the batch size)")
     add("--eval-batch-size", type=int, default=16, help="tiles at once in evaluation")
@@ -111,7 +120,13 @@ def parse(argv=None):
     add("--shift-p", type=float, default=0.0, help="circular shift in time: probability per clip")
     add = parser.add_argument_group("run").add_argument
     add("--run-dir", help="folder of this run (default: runs/<time>-<data>)")
-    add("--resume", nargs="?", const="auto", help="continue: the run in --run-dir (default: the newest), or a FILE")
+    add("--resume", nargs="?", const="newest", help="continue the run in --run-dir (default: the newest); auto: or start "
+        "one where there is no checkpoint; or continue from a FILE")
+    add("--save-every", default="10m", help="write last.pt within an epoch too: 500 (steps) or 10m (minutes); 0: do not")
+    add("--max-skips", type=int, default=10, help="stop after so many steps in a row whose loss or gradients are not "
+        "finite")
+    add("--on-divergence", default="stop", choices=("stop", "rollback", "warn"), help="when validation accuracy falls away "
+        "from its best: stop, go back to the best weights with all LRs halved, or say so and go on")
     add("--seed", type=int, default=0, help="seed of everything random")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="mixed precision")
@@ -127,22 +142,30 @@ def parse(argv=None):
     return args, given
 
 
+def batch_size(text):
+    return text if text == "auto" else int(text)
+
+
 def check_flags(parser, args, given):
-    micro_batches = -(-(args.effective_batch or 32) // max(1, args.batch_size))  # rounded up
+    size = 1 if args.batch_size == "auto" else args.batch_size
+    micro_batches = -(-(args.effective_batch or 32) // max(1, size))  # rounded up
     if "effective_batch" not in given:  # the default or a recipe's, made to fit the batch size
-        args.effective_batch = micro_batches * args.batch_size
-    at_least = [("batch_size", 1), ("effective_batch", 1), ("eval_batch_size", 1), ("epochs", 1), ("patience", 1), ("min_clips", 1),
+        args.effective_batch = micro_batches * size
+    if size < 1:
+        parser.error(f"--batch-size {size}: must be at least 1")
+    at_least = [("effective_batch", 1), ("eval_batch_size", 1), ("epochs", 1), ("patience", 1), ("min_clips", 1),
                 ("seconds", 0.1), ("warmup_epochs", 0), ("lr_backbone", 0), ("lr_head", 0), ("weight_decay", 0),
-                ("clip_grad", 0), ("gamma", 0), ("freq_mask", 0), ("time_mask", 0), ("mixup_alpha", 0), ("workers", -1)]
+                ("clip_grad", 0), ("gamma", 0), ("freq_mask", 0), ("time_mask", 0), ("mixup_alpha", 0), ("workers", -1),
+                ("max_skips", 1)]
     for name, low in at_least:
         if not getattr(args, name) >= low:
             parser.error(f"{flag(name)} {getattr(args, name)}: must be at least {low}")
     for name in ("max_bad_share", "min_lr_ratio", "specaug_p", "mixup_p", "shift_p", "label_smoothing", "drop_path"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"{flag(name)} {getattr(args, name)}: must lie in 0 to 1")
-    if args.effective_batch % args.batch_size:
-        parser.error(f"--effective-batch {args.effective_batch}: not a multiple of --batch-size {args.batch_size}; "
-                     f"use {micro_batches * args.batch_size}")
+    if args.effective_batch % size:
+        parser.error(f"--effective-batch {args.effective_batch}: not a multiple of --batch-size {size}; use "
+                     f"{micro_batches * size}")
     if args.warmup_epochs > args.epochs:
         parser.error(f"--warmup-epochs {args.warmup_epochs:g}: longer than the run of --epochs {args.epochs}; lower it")
     if args.alpha not in ("none", "balanced"):
@@ -151,6 +174,7 @@ def check_flags(parser, args, given):
         except ValueError:
             parser.error(f"--alpha {args.alpha}: none, a number, or balanced")
     try:
+        SaveTimer(args.save_every)
         frontend = FrontendConfig.of(args.frontend, args.fmin, args.fmax)
         config = ast_config(args, n_classes=2)
     except ValueError as error:
@@ -165,9 +189,10 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def fail(message):
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+def fail(message, code=2):
+    if Ranks().first or code == 1:
+        print(f"error: {message}", file=sys.stderr)
+    return code
 
 
 def ast_config(args, n_classes):
@@ -188,6 +213,8 @@ class Training:
     schedule: RelativeSchedule
     precision: Precision
     clip_grad: float
+    pieces: Pieces = field(default_factory=Pieces)
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 @torch.no_grad()
@@ -209,20 +236,43 @@ def drop_path_noise(t, batch, epoch):
     return torch.as_tensor(noise, dtype=torch.float32).to(t.precision.device, non_blocking=True)
 
 
-def train_step(t, window, epoch):
-    """One optimiser step over a window of micro-batches: the gradient of the mean loss over all its clips,
-    whatever their number and grouping. Returns tensors: loss sum, correct clips, gradient norm, stepped."""
-    scaler = t.precision.scaler
-    clips = sum(len(batch.rows) for batch in window)
-    loss_sum = correct = 0.0
+def accumulate(t, window, epoch, clips):
+    """Forward and backward over this rank's micro-batches of a window of `clips` clips: adds up the gradient of
+    the mean loss over the window. Returns the sum of (loss, correct clips) and [(rows, loss per clip)]."""
+    sums, losses = torch.zeros(2, device=t.precision.device), []
     for batch in window:
         spec, target = model_input(t, batch, epoch)
-        with t.precision.autocast():
-            logits = t.model(spec, drop_path_noise(t, batch, epoch))
-        loss = t.loss_fn(logits, target).sum()  # per clip, float32
-        scaler.scale(loss / clips).backward()
-        loss_sum = loss_sum + loss.detach()
-        correct = correct + (logits.argmax(dim=1) == target.argmax(dim=1)).sum()
+        noise = drop_path_noise(t, batch, epoch)
+        for piece in t.pieces(len(spec)):  # the whole micro-batch, unless memory ran out before
+            with t.precision.autocast():
+                logits = t.model(spec[piece], None if noise is None else noise[piece])
+            loss = t.loss_fn(logits, target[piece])  # per clip, float32
+            t.precision.scaler.scale(loss.sum() / clips).backward()
+            right = logits.argmax(dim=1) == target[piece].argmax(dim=1)
+            sums = sums + torch.stack([loss.detach().sum(), right.sum()])
+            losses.append((batch.rows[piece], loss.detach()))
+    return sums, losses
+
+
+def train_step(t, window, epoch, clips=None):
+    """One optimiser step over a window of micro-batches: the gradient of the mean loss over all its clips,
+    whatever their number and grouping, and however many ranks share them. `clips`: how many there are over
+    all ranks. Returns a tensor (loss sum, correct clips, gradient norm, whether it stepped), which is the
+    same on all ranks and need not have been computed yet on a GPU, and [(rows, loss per clip)] of this rank."""
+    clips = clips or sum(len(batch.rows) for batch in window)
+    scaler, done = t.precision.scaler, None
+    while done is None:
+        try:
+            done = accumulate(t, window, epoch, clips)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+        if done is None:  # out of memory: again from the start in smaller pieces, with the same random numbers
+            t.optimizer.zero_grad(set_to_none=True)
+            t.pieces.halve(max(len(batch.rows) for batch in window))
+    sums, losses = done
+    t.ranks.sum_gradients(t.model.parameters())
+    loss_sum, correct = t.ranks.sum(sums)
     scaler.unscale_(t.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(t.model.parameters(), t.clip_grad)
     finite = torch.isfinite(grad_norm) & torch.isfinite(loss_sum)
@@ -233,56 +283,42 @@ def train_step(t, window, epoch):
         scaler.step(t.optimizer)
     scaler.update()
     t.optimizer.zero_grad(set_to_none=True)
-    if finite:
-        t.schedule.step()
-    return loss_sum, correct, grad_norm, finite
+    t.schedule.step(finite)
+    return torch.stack([loss_sum, correct, grad_norm, finite]), losses
 
 
 # --- the run ---
 
-def open_run(args, given):
-    """The folder of a new run, not yet made, or the one to continue, locked -> (folder, its lock, checkpoint or
-    None, flags in force)."""
-    if args.resume is None:
-        run_dir = Path(args.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{Path(args.data).stem}")
-        check_new(run_dir)
-        return run_dir, None, None, args
-    if args.resume == "auto":
-        last = newest_run("runs", "last.pt")
-        run_dir = Path(args.run_dir) if args.run_dir else last and last.parent
-        if run_dir is None or not run_dir.is_dir():
-            raise RunError(f"--resume: no run {args.run_dir or 'under runs/'} to continue; start one without --resume")
-        lock = lock_run(run_dir)
-        state, notes = load_newest(run_dir)
-        if state is None:
-            raise RunError(f"--resume: {run_dir} has no checkpoint yet; remove it and start without --resume")
-        print("\n".join(notes + [f"resuming {run_dir}"]))
-    else:
-        run_dir = Path(args.run_dir) if args.run_dir else Path(args.resume).parent
-        state = load_checkpoint(args.resume)
-        lock = lock_run(run_dir)
+def stored_flags(args, given, state, run_dir):
+    """The flags that a run was started with, which one on the command line may not contradict."""
     stored = dict(state["flags"])
     for name, value in given.items():
         if name in FREE_ON_RESUME:
             stored[name] = value
-        elif stored[name] != getattr(args, name):
+        elif stored[name] != getattr(args, name) and value != "auto":
             raise RunError(f"{flag(name)} {value}: the run was started with {stored[name]}; leave the flag out, or start "
                            f"a new run with --weights {run_dir}/last.pt")
-    return run_dir, lock, state, argparse.Namespace(**stored)
+    return argparse.Namespace(**stored)
 
 
 def main(argv=None):
     args, given = parse(argv)
     stop = StopRequest()
-    device = pick_device(args.device)
-    run_dir, lock, state, args = open_run(args, given)  # the lock is held as long as it is referred to
-    precision = choose_precision(device, args.amp)
-    print(f"device: {device}, {precision.name} ({precision.reason})")
+    ranks = Ranks()
+    device = pick_device(args.device, ranks.local_rank)
+    ranks.start(device)
+    run_dir, state, notes = ranks.once(lambda: open_run(args.run_dir, args.resume, Path(args.data).stem))
+    print("\n".join(notes), end="\n" * bool(notes))
+    if state is not None:
+        args = stored_flags(args, given, state, run_dir)
+    same_device = state is not None and state["device"] == device.type
+    precision = ranks.once(lambda: choose_precision(device, state["amp"] if same_device else args.amp)).on(device)
+    print(f"device: {device}, {precision.name} ({precision.reason})" + f", {ranks.size} processes" * (ranks.size > 1))
 
     # data
     if state is None:
-        manifest, bad_files = prepare(args.data, args.audio_dir, args.fold, args.min_clips, args.max_bad_share, args.scan,
-                                      args.seed)
+        manifest, bad_files = ranks.once(lambda: prepare(args.data, args.audio_dir, args.fold, args.min_clips,
+                                                         args.max_bad_share, args.scan, args.seed))
     else:
         manifest, bad_files = Manifest.from_dict(state["manifest"]), [tuple(pair) for pair in state["bad_files"]]
     rows = {split: manifest.rows(split) for split in ("train", "val", "test")}
@@ -298,10 +334,11 @@ def main(argv=None):
         weights = state["weights"]
         model.load_state_dict(state["model"])
     elif args.weights != "none":
-        report = load_pretrained(model, args.weights)
+        report = ranks.once(lambda: load_pretrained(model, args.weights))
         weights = f"{report.source}, sha256 {report.sha256}"
         print("\n".join(report.lines()))
     model.to(device).checkpointing = args.checkpointing
+    ranks.share(model)
     n_params = sum(p.numel() for p in model.parameters())
     frames = frontend.config.frames(samples)
     grid = model.config.patches(frames)
@@ -315,62 +352,148 @@ def main(argv=None):
         alpha = balanced_alpha(manifest.take(rows["train"]).counts()).tolist()
     loss = {"name": args.loss, "gamma": args.gamma, "alpha": alpha, "label_smoothing": args.label_smoothing}
     optimizer = torch.optim.AdamW(parameter_groups(model, args.lr_backbone, args.lr_head, args.weight_decay), fused=True)
-    clips = Clips(manifest, frontend.config.sample_rate, samples, args.short, args.seed)
-    workers = args.workers if args.workers >= 0 else min(8, torch.get_num_threads()) if device.type == "cuda" else 0
-    loading = {"workers": workers, "pin": device.type == "cuda"}
-    loader = TrainLoader(clips, rows["train"], args.batch_size, args.effective_batch, args.seed, **loading)
-    warmup_steps = round(args.warmup_epochs * loader.steps_per_epoch)
-    total_steps = args.epochs * loader.steps_per_epoch
-    schedule = RelativeSchedule(optimizer, warmup_steps, total_steps, args.schedule, args.min_lr_ratio)
+    steps_per_epoch = -(-len(rows["train"]) // args.effective_batch)
+    total_steps, warmup_steps = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
+    lag = 1 if device.type == "cuda" else 0  # results of a step are read so many steps later: the GPU is never waited for
+    schedule = RelativeSchedule(optimizer, warmup_steps, total_steps, args.schedule, args.min_lr_ratio, device if lag else None)
     augment = Augment(args.freq_mask, args.time_mask, args.specaug_p, args.mixup_alpha, args.mixup_p, args.shift_p, args.seed)
     t = Training(model, frontend, augment, build_loss(**loss).to(device), optimizer, schedule, precision,
-                 args.clip_grad or float("inf"))
+                 args.clip_grad or float("inf"), ranks=ranks)
+    if args.batch_size == "auto":
+        args.batch_size = find_batch_size(t, args.effective_batch, samples)
     print(f"step: {args.effective_batch // args.batch_size} x {args.batch_size} = {args.effective_batch} clips, "
-          f"{loader.steps_per_epoch} steps an epoch, {warmup_steps} of {total_steps} steps warm-up, then {args.schedule}")
+          f"{steps_per_epoch} steps an epoch, {warmup_steps} of {total_steps} steps warm-up, then {args.schedule}")
+    if args.effective_batch // args.batch_size < ranks.size:
+        print(f"  {ranks.size} processes share {args.effective_batch // args.batch_size} micro-batches a step, the others wait: "
+              "lower --batch-size or raise --effective-batch")
     curves = [(group["name"], [group["initial_lr"] * schedule.factor(step) for step in range(total_steps)])
               for group in optimizer.param_groups]
     for group, (name, lrs) in zip(optimizer.param_groups, curves, strict=True):
         print(f"  {name:<18} LR base {group['initial_lr']:.1e}, peak {max(lrs):.1e}, final {lrs[-1]:.1e}; weight decay "
               f"{group['weight_decay']:g}; {sum(p.numel() for p in group['params']):,} parameters")
 
+    # batches
+    clips = Clips(manifest, frontend.config.sample_rate, samples, args.short, args.seed)
+    workers = args.workers if args.workers >= 0 else min(8, torch.get_num_threads()) if device.type == "cuda" else 0
+    loading = {"workers": workers, "pin": device.type == "cuda"}
+    loader = TrainLoader(clips, rows["train"], args.batch_size, args.effective_batch, args.seed, **loading)
     if args.smoke:
-        return smoke_test(t, loader, args, bad_files)
+        n_val = sum(len(clips.tiles(row)) for row in rows["val"])
+        ok = smoke_test(model, t.loss_fn, precision, lambda batch: model_input(t, batch, 0), loader.windows(0),
+                        lambda window: train_step(t, window, 0), len(rows["train"]), n_val, args.epochs, len(bad_files))
+        return 0 if ok else 3
 
     # run folder
     progress = Progress()
-    if state is None:
-        run_dir, lock = create_run(run_dir)
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        precision.scaler.load_state_dict(state["scaler"])
+        progress, t.pieces.limit = Progress(**state["progress"]), state["piece"]
+        print(f"resumed after step {progress.step}, in epoch {progress.epoch + 1}")
+    elif ranks.first:
+        create_run(run_dir, again=args.resume is not None)
         write_bad_files(bad_files, run_dir / "bad_files.csv")
         write_split(manifest, run_dir / "split.csv")
         write_json(run_dir / "run.json", {
             "flags": vars(args), "classes": manifest.classes, "clips": {split: len(rows[split]) for split in rows},
             "unreadable": len(bad_files), "split_sha256": split_hash(manifest), "weights": weights, "parameters": n_params,
             "model": model.config.to_dict(), "frontend": frontend.config.to_dict(), "precision": precision.name,
-            "steps_per_epoch": loader.steps_per_epoch, "warmup_steps": warmup_steps, **describe_machine(device)})
-        pictures.schedule(curves, warmup_steps, loader.steps_per_epoch, run_dir / "schedule.png")
+            "steps_per_epoch": steps_per_epoch, "warmup_steps": warmup_steps, "processes": ranks.size,
+            **describe_machine(device)})
+        pictures.schedule(curves, warmup_steps, steps_per_epoch, run_dir / "schedule.png")
         draw_first_batch(t, loader, run_dir / "batch.png")
-    else:
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        precision.scaler.load_state_dict(state["scaler"])
-        progress = Progress(**state["progress"])
-        print(f"resumed after step {progress.step}, in epoch {progress.epoch + 1}")
-    log = RunLog(run_dir, progress, args.tensorboard)
+    log = RunLog(run_dir, progress, args.tensorboard) if ranks.first else None
+    timer = SaveTimer(args.save_every)
+    pending = collections.deque()  # steps whose results are still to be read
+
+    def event(what, detail):
+        tqdm.write(f"step {progress.step}: {what}: {detail}", file=sys.stdout)
+        if log:
+            log.event(progress.step, progress.epoch + 1, what, detail)
+
+    def settle(left=0):
+        """Read the results of all steps but the last `left`, count them and write them down."""
+        while len(pending) > left:
+            figures, losses, n, lrs = pending.popleft()
+            loss_sum, correct, grad_norm, stepped = figures.tolist()
+            progress.count(loss_sum, int(correct), n, stepped == 1)
+            progress.seconds = time.perf_counter() - started
+            if log:
+                log.step(step=progress.step, epoch=progress.epoch + 1, loss=loss_sum / n, grad_norm=grad_norm, clips=n,
+                         scale=precision.scaler.get_scale(), **{name: float(lr) for name, lr in lrs.items()})
+            if stepped != 1:
+                names = [[manifest.paths[row] for seen, loss in losses for row, value in zip(seen, loss.tolist())
+                          if only_bad <= (not math.isfinite(value))] for only_bad in (True, False)]
+                found = [sum(part, []) for part in zip(*ranks.gather(names), strict=True)]
+                event("skipped", f"loss or gradients are not finite; clips: {', '.join(found[0] or found[1])}")
+            bar.set_postfix_str(f"loss {progress.loss:.3f}, acc {progress.accuracy:.1%}, LR {float(lrs['lr_backbone']):.1e} "
+                                f"{float(lrs['lr_head']):.1e}, {progress.clips_per_second:.1f} clips/s", refresh=False)
+            if progress.skips_in_row >= args.max_skips:
+                raise NumbersError(f"{progress.skips_in_row} steps in a row whose loss or gradients are not finite "
+                                   f"(--max-skips); {kept()}; look at the clips named above, lower the LRs, or try --amp off")
+
+    def kept():
+        return f"best.pt of epoch {progress.best_epoch} is kept" if progress.best_epoch else "no epoch was completed"
 
     def save():
+        settle()
+        if not ranks.first:
+            return
         log.sync()  # the rows are on disk before a checkpoint says so
-        save_checkpoint(run_dir / "last.pt", {
+        timer.saved(save_checkpoint(run_dir / "last.pt", {
             "model": model.state_dict(), "config": model.config.to_dict(), "frontend": frontend.config.to_dict(),
             "clip": {"samples": samples, "short": args.short}, "classes": manifest.classes, "loss": loss,
             "manifest": manifest.to_dict(), "bad_files": bad_files, "flags": vars(args), "weights": weights,
-            "progress": progress.to_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-            "scaler": precision.scaler.state_dict()})
+            "device": device.type, "amp": precision.mode, "piece": t.pieces.limit, "progress": progress.to_dict(),
+            "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "scaler": precision.scaler.state_dict()}),
+            run_dir / "last.pt")
 
     def interrupted():
         save()
-        print(f"saved after step {progress.step}; continue with:\n  python train.py --resume --run-dir "
+        start = f"torchrun --nproc-per-node {ranks.size} " if ranks.size > 1 else "python "
+        print(f"saved after step {progress.step}; continue with:\n  {start}train.py --resume --run-dir "
               f"{shlex.quote(str(run_dir))}", flush=True)
-        return stop.exit_code
+        return max(ranks.gather(stop.exit_code if stop() else 0))
+
+    def leave_out(broken):
+        """Name the clips of all ranks that turned out to be unreadable on the way, once each."""
+        known = {path for path, _ in bad_files}
+        pairs = [(manifest.paths[row], reason) for part in ranks.gather(broken) for row, reason in part]
+        for path, reason in dict(pairs).items():
+            if path not in known:
+                bad_files.append((path, reason))
+                event("unreadable", f"left out: {path}: {reason}")
+        if ranks.first:
+            write_bad_files(bad_files, run_dir / "bad_files.csv")
+        if len(bad_files) > args.max_bad_share * (len(manifest) + len(known)):
+            save()
+            raise DataError(f"--data {args.data}: by now {len(bad_files)} files cannot be read, more than --max-bad-share "
+                            f"{args.max_bad_share:g}; mend them and continue with --resume --run-dir {run_dir}")
+
+    def score(split):
+        """An Evaluation of every clip of a split, each by one of the ranks; None where a signal came."""
+        mine = rows[split][ranks.rank::ranks.size]
+        batches = evaluation_batches(clips, mine, args.eval_batch_size, **loading)
+        parts = ranks.gather(evaluate(model, frontend, batches, manifest, mine, t.loss_fn, precision, stop, split))
+        if any(part is None for part in parts):
+            return None
+        result = Evaluation.merge(parts)
+        if result.broken:
+            leave_out(list(result.broken.items()) if ranks.first else [])
+        if len(result.rows) == 0:
+            raise DataError(f"{manifest.root}: not one {split} clip can be read any more; mend them, then --resume")
+        return result
+
+    def roll_back():
+        """The weights and moments of the best epoch, and from here on all LRs times one factor."""
+        best = ranks.once(lambda: load_checkpoint(run_dir / "best.pt"))
+        model.load_state_dict(best["model"])
+        optimizer.load_state_dict(best["optimizer"])
+        precision.scaler.load_state_dict(best["scaler"])
+        schedule.rescale(ROLLBACK_FACTOR)
+        progress.accuracies = best["progress"]["accuracies"][-1:]
+        event("rollback", f"to epoch {progress.best_epoch}, all LRs x {schedule.scale:g} from here on")
 
     # the loop
     stop.armed = True
@@ -380,57 +503,72 @@ def main(argv=None):
             break
         model.train()
         started = time.perf_counter() - progress.seconds
-        bar = tqdm(loader.windows(epoch, progress.window), desc=f"epoch {epoch + 1}/{args.epochs}", unit="step",
-                   total=loader.steps_per_epoch, initial=progress.window, leave=False, disable=not sys.stderr.isatty())
+        bar = tqdm(loader.windows(epoch, progress.window, ranks.rank, ranks.size), desc=f"epoch {epoch + 1}/{args.epochs}",
+                   unit="step", total=steps_per_epoch, initial=progress.window, leave=False,
+                   disable=not (ranks.first and sys.stderr.isatty()))
         for window in bar:
-            leave_out(window, manifest, bad_files, run_dir)
-            lrs = group_lrs(optimizer)
+            broken = [pair for batch in window for pair in batch.broken]
             window = [batch for batch in window if len(batch.rows)]
-            if not window:  # not one of its clips can be read
+            n, n_broken, stopping, due = ranks.total(sum(len(batch.rows) for batch in window), len(broken), int(stop()),
+                                                     int(ranks.first and timer.due(progress.step)))
+            if n_broken:
+                leave_out(broken)
+            if stopping:
+                return interrupted()
+            if due:
+                save()
+            if n == 0:  # not one of its clips can be read
+                settle()
                 progress.window += 1
                 continue
-            n = sum(len(batch.rows) for batch in window)
-            loss_sum, correct, grad_norm, stepped = [value.item() for value in train_step(t, window, epoch)]
-            progress.count(loss_sum, correct, n, stepped)
-            progress.seconds = time.perf_counter() - started
-            log.step(step=progress.step, epoch=epoch + 1, loss=loss_sum / n, grad_norm=grad_norm, clips=n,
-                     scale=precision.scaler.get_scale(), **lrs)
-            bar.set_postfix_str(f"loss {progress.loss:.3f}, acc {progress.accuracy:.1%}, LR {lrs['lr_backbone']:.1e} "
-                                f"{lrs['lr_head']:.1e}, {progress.clips_per_second:.1f} clips/s", refresh=False)
-            if stop():
-                return interrupted()
+            lrs = group_lrs(optimizer)
+            pending.append((*train_step(t, window, epoch, n), n, lrs))
+            settle(lag)
+        settle()
 
-        batches = evaluation_batches(clips, rows["val"], args.eval_batch_size, **loading)
-        result = evaluate(model, frontend, batches, manifest, rows["val"], t.loss_fn, precision, stop, "validation")
+        result = score("val")
         if result is None:
             return interrupted()
         figures = point_metrics(result.scores, result.labels)
         row = {"epoch": epoch + 1, "train_loss": progress.loss, "train_acc": progress.accuracy,
                "val_loss": float(result.losses.mean()), "val_acc": figures["accuracy"], "val_macro_f1":
-               figures["macro_f1"], "val_map": figures["map"], **group_lrs(optimizer), "seconds": progress.seconds,
-               "clips_per_second": progress.clips_per_second, "peak_memory_mb": peak_memory_mb(device),
-               "skipped_steps": progress.skipped}
-        better = progress.end_epoch(row[args.monitor], lower_is_better=args.monitor == "val_loss")
-        log.epoch(progress.step, **row)
-        save()
-        if better:
-            link(run_dir / "last.pt", run_dir / "best.pt")
-        pictures.curves(run_dir / "history.csv", run_dir / "curves.png", args.monitor)
+               figures["macro_f1"], "val_map": figures["map"], **{k: float(lr) for k, lr in group_lrs(optimizer).items()},
+               "seconds": progress.seconds, "clips_per_second": progress.clips_per_second,
+               "peak_memory_mb": peak_memory_mb(device), "skipped_steps": progress.skipped}
+        better = progress.end_epoch(row[args.monitor], args.monitor == "val_loss", row["val_acc"])
         print(f"epoch {epoch + 1:>2}/{args.epochs}  train loss {row['train_loss']:.3f} acc {row['train_acc']:.1%}  "
               f"val loss {row['val_loss']:.3f} acc {row['val_acc']:.1%} F1 {row['val_macro_f1']:.3f} mAP "
               f"{row['val_map']:.3f}  {row['clips_per_second']:.1f} clips/s  best {args.monitor[4:]} {progress.best:.3f} "
-              f"(epoch {progress.best_epoch})" + " *" * better, flush=True)
-        if stop():
-            return interrupted()
+              f"(epoch {progress.best_epoch})" + f"  {row['skipped_steps']} steps skipped" * (row["skipped_steps"] > 0)
+              + " *" * better, flush=True)
+        if log:
+            log.epoch(progress.step, **row)
+        trouble = diverged(progress.accuracies, len(result.rows))
+        if trouble:
+            event("diverged", trouble)
+        if trouble and args.on_divergence == "rollback":
+            if schedule.scale <= ROLLBACK_FACTOR**MOST_ROLLBACKS:
+                raise NumbersError(f"diverged again after {MOST_ROLLBACKS} rollbacks; {kept()}; the data or the labels are "
+                                   "the likelier cause")
+            roll_back()
+        save()
+        if ranks.first:
+            if better:
+                link(run_dir / "last.pt", run_dir / "best.pt")
+            pictures.curves(run_dir / "history.csv", run_dir / "curves.png", args.monitor)
+        if trouble and args.on_divergence == "stop":
+            raise NumbersError(f"diverged: {trouble}; {kept()}; lower --lr-backbone and --lr-head, or go on with --resume "
+                               "--on-divergence rollback (or warn)")
 
     # the test
     print(f"test: best.pt, epoch {progress.best_epoch}")
-    model, frontend = restore(load_checkpoint(run_dir / "best.pt"), device)
-    batches = evaluation_batches(clips, rows["test"], args.eval_batch_size, **loading)
-    result = evaluate(model, frontend, batches, manifest, rows["test"], t.loss_fn, precision, stop, "test")
+    model.load_state_dict(ranks.once(lambda: load_checkpoint(run_dir / "best.pt")["model"]))
+    result = score("test")
     if result is None:
         return interrupted()
-    print("\n".join(result_lines(write_results(run_dir / "test", result, manifest, manifest.classes, "test"))))
+    if ranks.first:
+        metrics = write_results(run_dir / "test", result, manifest, manifest.classes, "test")
+        print("\n".join(result_lines(metrics)))
     print(f"written: {run_dir}\nnext: python evaluate.py --ckpt {shlex.quote(str(run_dir / 'best.pt'))}")
     return 0
 
@@ -441,59 +579,34 @@ def group_lrs(optimizer):
     return {"lr_backbone": lrs.get("backbone", 0.0), "lr_head": lrs.get("head", 0.0)}
 
 
-def leave_out(window, manifest, bad_files, run_dir):
-    """Name the clips that turned out to be unreadable on the way, once each; they are not in the batches."""
-    known = {path for path, _ in bad_files}
-    new = [(manifest.paths[row], reason) for batch in window for row, reason in batch.broken]
-    new = [pair for pair in new if pair[0] not in known]
-    for path, reason in new:
-        tqdm.write(f"left out: {path}: {reason}")
-    if new:
-        bad_files += new
-        write_bad_files(bad_files, run_dir / "bad_files.csv")
+def find_batch_size(t, effective_batch, samples):
+    """The largest micro-batch, a divisor of the effective batch, whose forward and backward pass fits."""
+    share = -(-effective_batch // t.ranks.size)
+    sizes = [size for size in range(1, share + 1) if effective_batch % size == 0]
+    moments = [torch.empty_like(p) for p in t.model.parameters() for _ in range(2)]  # AdamW's, which come later
+
+    def attempt(size):
+        batch = Batch(torch.zeros(size, samples), torch.zeros(size, dtype=torch.long), np.arange(size), [])
+        try:
+            accumulate(t, [batch], 0, size)
+        finally:
+            t.optimizer.zero_grad(set_to_none=True)
+
+    t.model.train()
+    found = min(t.ranks.gather(largest_batch(sizes, attempt, t.precision.device)))
+    del moments
+    print(f"--batch-size auto: {found} clips fit at once")
+    return found
 
 
 def draw_first_batch(t, loader, out):
     """batch.png: the first training micro-batches as the model sees them, augmentation included."""
-    window = next(loader.windows(0))
-    specs, titles = [], []
-    for batch in window:
-        spec, target = model_input(t, batch, 0)
-        manifest = loader.clips.manifest
-        for row, one, share in zip(batch.rows, spec.cpu().numpy(), target.cpu(), strict=True):
-            own = manifest.classes[manifest.labels[row]]
-            mixed = [f"{manifest.classes[i]} {share[i]:.0%}" for i in share.argsort(descending=True)[:2] if share[i] > 0]
-            specs.append(one)
-            titles.append(own if len(mixed) == 1 else "\n".join(mixed))
-    c = t.frontend.config
-    pictures.batch(specs, titles, out, c.sample_rate, c.hop_length, t.frontend.mel_hz.numpy(), t.frontend.unit)
-
-
-def smoke_test(t, loader, args, bad_files):
-    """Overfit one batch, train a short stretch, price the full run; exit code 0 if all is well, else 3."""
-    windows = loader.windows(0)
-    window = next(windows)
-    spec, target = model_input(t, window[0], 0)
-    t.model.train()
-    first, last, correct, wrong = overfit(t.model, t.loss_fn, spec, target, t.precision.autocast)
-    learnt = last < 0.5 * first
-    print(f"smoke: one batch of {len(spec)}: loss {first:.3f} to {last:.4f}, {correct:.0%} correct; gradients "
-          + (f"missing or not finite in {', '.join(wrong[:3])}" if wrong else "all finite"))
-    times, clips, started = [], 0, time.perf_counter()
-    while window and time.perf_counter() - started < 20 and len(times) < 20:
-        before = time.perf_counter()
-        values = [value.item() for value in train_step(t, window, 0)]
-        times.append((time.perf_counter() - before) / sum(len(batch.rows) for batch in window))
-        clips += sum(len(batch.rows) for batch in window)
-        window = next(windows, None)
-    speed = clips / (time.perf_counter() - started)  # with the loading of the data
-    n_train, n_val = len(loader.rows), sum(len(loader.clips.tiles(row)) for row in loader.clips.manifest.rows("val"))
-    epoch = n_train / speed + n_val / (3 * speed)  # forward alone is a third of a training step
-    print(f"smoke: {speed:.1f} clips/s, peak memory {peak_memory_mb(t.precision.device):.0f} MiB; about "
-          f"{duration(epoch)} an epoch, {duration(epoch * args.epochs)} for all {args.epochs}")
-    verdict = learnt and not wrong and values[3]
-    print(f"smoke: {'passed' if verdict else 'FAILED'}" + f", {len(bad_files)} unreadable files" * bool(bad_files))
-    return 0 if verdict else 3
+    pairs = [(batch, *model_input(t, batch, 0)) for batch in next(loader.windows(0))]
+    manifest, c = loader.clips.manifest, t.frontend.config
+    pictures.batch(np.concatenate([spec.cpu().numpy() for _, spec, _ in pairs]),
+                   np.concatenate([manifest.labels[batch.rows] for batch, _, _ in pairs]),
+                   np.concatenate([target.cpu().numpy() for _, _, target in pairs]), manifest.classes,
+                   out, c.sample_rate, c.hop_length, t.frontend.mel_hz.numpy(), t.frontend.unit)
 
 
 if __name__ == "__main__":
@@ -501,5 +614,14 @@ if __name__ == "__main__":
         sys.exit(main())
     except INPUT_ERRORS as error:
         sys.exit(fail(error))
+    except NUMBERS_ERRORS as error:
+        sys.exit(fail(error, 3))
+    except RanksError as error:
+        sys.exit(fail(error, 1))
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        sys.exit(fail(f"{error.filename or 'a file of the run'}: cannot be written ({error.strerror}); free some space or "
+                      "permit writing, then continue with --resume"))
     except KeyboardInterrupt:
         sys.exit(130)

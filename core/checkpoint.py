@@ -7,6 +7,8 @@ import contextlib
 import hashlib
 import os
 import pickle
+import re
+import time
 from pathlib import Path
 
 import torch
@@ -29,11 +31,18 @@ class _SealedFile:
         self.file, self.digest, self.tail = file, hashlib.sha256(), b""
 
     def write(self, data):
-        data = self.tail + bytes(data)
-        self.tail = data[-EOCD:]
-        self.file.write(data[:-EOCD])
-        self.digest.update(data[:-EOCD])
+        data = memoryview(data).cast("B")
+        if len(data) < EOCD:
+            data = memoryview(self.tail + data)
+        else:
+            self._pass_on(self.tail)
+        self._pass_on(data[:-EOCD])
+        self.tail = bytes(data[-EOCD:])
         return len(data)
+
+    def _pass_on(self, data):
+        self.file.write(data)
+        self.digest.update(data)
 
     def flush(self):
         pass
@@ -48,9 +57,10 @@ def save_checkpoint(path, state):
     """Write `state` (tensors and plain types) to `path` so that at any moment, also after a power cut, the
     path holds the old file or the new one whole. The old one lives on as `<name>.prev`.
 
-    Raises CheckpointError (disk full, no permission); the old file is then intact and nothing is left over.
+    Returns (bytes, seconds). Raises CheckpointError (disk full, no permission); the old file is then intact
+    and nothing is left over.
     """
-    path = Path(path)
+    path, started = Path(path), time.perf_counter()
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -63,6 +73,7 @@ def save_checkpoint(path, state):
             link(path, previous(path))
         os.replace(temporary, path)
         sync_folder(path.parent)
+        return path.stat().st_size, time.perf_counter() - started
     except (OSError, RuntimeError) as error:  # torch.save wraps a full disk into RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -70,6 +81,36 @@ def save_checkpoint(path, state):
         why = getattr(cause, "strerror", None) or " ".join(str(cause).split())[:100]
         raise CheckpointError(f"{path}: cannot be written ({why}); free some space or permit writing, then continue "
                               "with --resume") from None
+
+
+class SaveTimer:
+    """When a checkpoint within an epoch is due: every `500` steps, or `10m` minutes; `0` is never.
+
+    Raises ValueError for anything else.
+    """
+
+    def __init__(self, every):
+        number = re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(every))
+        if not number or not number[2] and "." in number[1]:
+            raise ValueError(f"--save-every {every}: give steps as 500 or minutes as 10m")
+        self.steps = 0 if number[2] else int(number[1])
+        self.seconds = 60 * float(number[1]) if number[2] else 0
+        self.last_step, self.last_time, self.told = 0, time.monotonic(), False
+
+    def due(self, step):
+        """Whether to save now, after `step` steps."""
+        if self.steps and step % self.steps == 0 and step != self.last_step:
+            self.last_step = step
+            return True
+        return bool(self.seconds) and time.monotonic() - self.last_time >= self.seconds
+
+    def saved(self, size_and_seconds, path):
+        """A checkpoint was written; the first time its size and time are told."""
+        size, seconds = size_and_seconds
+        self.last_time = time.monotonic()
+        if not self.told:
+            print(f"checkpoint: {path.name}, {size / 1e6:.1f} MB, written in {seconds:.2f} s")
+            self.told = True
 
 
 def previous(path):

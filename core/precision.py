@@ -1,7 +1,8 @@
 """Where to compute and in which precision, decided once and said."""
 import contextlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -10,10 +11,13 @@ class DeviceError(ValueError):
     """A device or precision that is not to be had: one line with the mend."""
 
 
-def pick_device(name):
-    """torch.device for "auto", "cpu", "cuda", "cuda:1", "mps"; raises DeviceError."""
+def pick_device(name, local_rank=0):
+    """torch.device for "auto", "cpu", "cuda", "cuda:1", "mps"; raises DeviceError. Of several processes on a
+    machine each takes the GPU of its own number."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -37,8 +41,13 @@ class Precision:
     dtype: torch.dtype | None
     reason: str
 
-    def __post_init__(self):
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+    @cached_property
+    def scaler(self):
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+
+    def on(self, device):
+        """The same on another device of the kind."""
+        return replace(self, device=device)
 
     def autocast(self):
         if self.dtype is None:
@@ -48,6 +57,11 @@ class Precision:
     @property
     def name(self):
         return {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+
+    @property
+    def mode(self):
+        """The --amp that gives it."""
+        return "off" if self.dtype is None else self.name
 
 
 def choose_precision(device, mode):

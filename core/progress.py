@@ -1,5 +1,5 @@
 """Where a run stands: all that the loop counts, as plain numbers that a checkpoint can hold."""
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass
@@ -10,6 +10,8 @@ class Progress:
     best: float | None = None  # best value of the monitored figure
     best_epoch: int = 0  # counted from 1; of equal values the later one, trained at a lower LR
     improved_epoch: int = 0  # when the best value was first reached
+    skips_in_row: int = 0  # steps skipped since the last one that was not
+    accuracies: list = field(default_factory=list)  # of validation, by epoch, since the start or a rollback
     # of the current epoch
     loss_sum: float = 0.0
     correct: int = 0
@@ -24,6 +26,7 @@ class Progress:
         """Add a window; one whose step was skipped does not enter the epoch's loss."""
         self.window += 1
         self.step += 1
+        self.skips_in_row = 0 if stepped else self.skips_in_row + 1
         if stepped:
             self.loss_sum += loss_sum
             self.correct += correct
@@ -48,9 +51,10 @@ class Progress:
         """Epochs since the best value was first reached."""
         return self.epoch - self.improved_epoch
 
-    def end_epoch(self, value, lower_is_better):
+    def end_epoch(self, value, lower_is_better, accuracy):
         """Close the epoch with its monitored value -> whether none before was better."""
         self.epoch += 1
+        self.accuracies = [*self.accuracies, accuracy]
         if self.best is None or (value < self.best if lower_is_better else value > self.best):
             self.best, self.improved_epoch = value, self.epoch
         better = value == self.best

@@ -1,45 +1,87 @@
 """The run folder: made, locked, and written so that it is whole after any crash."""
 import csv
+import errno
 import fcntl
 import json
 import os
 import platform
 import subprocess
+import time
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from .checkpoint import load_checkpoint, load_newest
+
 HISTORY = ("epoch train_loss train_acc val_loss val_acc val_macro_f1 val_map lr_backbone lr_head seconds "
            "clips_per_second peak_memory_mb skipped_steps").split()
 STEPS = "step epoch loss grad_norm lr_backbone lr_head scale clips".split()
+EVENTS = "step epoch event detail".split()
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+_locks = []  # held until the process ends
 
 
 class RunError(ValueError):
     """A run folder that cannot be used: one line that names it and the mend."""
 
 
-def check_new(path):
-    """Raise RunError where a new run folder would meet something that exists."""
-    path = Path(path)
+def open_run(run_dir, resume, name):
+    """The folder to work in -> (Path, the checkpoint to continue from or None, lines for the person).
+
+    run_dir: the folder that was asked for, or None; name: of the data, for a new folder's name. resume: None
+    for a new run, whose folder is not made yet (`create_run` does that once all else is known to be well);
+    "newest" to continue the run in run_dir, by default the newest; "auto" for the same, or a new run where
+    there is no checkpoint; or the path of a checkpoint. A run to continue is locked. Raises RunError,
+    CheckpointError.
+    """
+    new = Path(run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{name}")
+    if resume is None:
+        _check_new(new)
+        return new, None, []
+    if resume not in ("newest", "auto"):
+        folder = Path(run_dir) if run_dir else Path(resume).parent
+        state = load_checkpoint(resume)
+        lock_run(folder)
+        return folder, state, [f"resuming {resume} in {folder}"]
+    last = newest_run("runs", "last.pt")
+    folder = Path(run_dir) if run_dir else last and last.parent
+    if folder is None or not folder.is_dir():
+        if resume == "auto":
+            return new, None, ["--resume auto: nothing to continue, a new run"]
+        raise RunError(f"--resume: no run {run_dir or 'under runs/'} to continue; start one without --resume")
+    lock_run(folder)
+    state, notes = load_newest(folder)
+    if state is None:
+        if resume == "auto":
+            return folder, None, [f"--resume auto: {folder} has no checkpoint yet, started afresh"]
+        raise RunError(f"--resume: {folder} has no checkpoint yet; remove it and start without --resume")
+    return folder, state, [*notes, f"resuming {folder}"]
+
+
+def _check_new(path):
     if path.exists() and (not path.is_dir() or any(entry.name != ".lock" for entry in path.iterdir())):
         raise RunError(f"--run-dir {path}: exists already; continue it with --resume, or give another --run-dir")
 
 
-def create_run(path):
-    """Make a new run folder and lock it -> (Path, lock to keep). Raises RunError where it exists already
-    with something in it, or cannot be written."""
-    path = Path(path)
-    check_new(path)
+def create_run(path, again=False):
+    """Make a new run folder and lock it. Raises RunError where it cannot be written, or exists already with
+    something in it; `again` allows the latter, for a run that died before its first checkpoint."""
+    if not again:
+        _check_new(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"--run-dir {path}: cannot be made ({error.strerror}); give another --run-dir") from None
-    return path, lock_run(path)
+    lock_run(path)
 
 
 def lock_run(path):
     """Hold the run folder for this process; the lock goes with the process, however it ends."""
+    if any(Path(path).samefile(held) for held, _ in _locks):
+        return
     try:
         handle = open(Path(path) / ".lock", "a")
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -48,7 +90,7 @@ def lock_run(path):
                        "--run-dir") from None
     except OSError as error:
         raise RunError(f"--run-dir {path}: cannot be written ({error.strerror}); give another --run-dir") from None
-    return handle
+    _locks.append((Path(path).resolve(), handle))
 
 
 def newest_run(folder, name):
@@ -87,7 +129,7 @@ class CsvLog:
             with open(path, newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= keep]
         temporary = path.with_name(path.name + ".tmp")
-        self.file = open(temporary, "w", newline="", encoding="utf-8")
+        self.file = open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace", buffering=1)
         self.writer = csv.writer(self.file)
         self.writer.writerow(columns)
         self.writer.writerows(rows)
@@ -106,11 +148,12 @@ class CsvLog:
 
 
 class RunLog:
-    """history.csv, steps.csv and, if asked for, TensorBoard events of a run."""
+    """history.csv, steps.csv, events.csv and, if asked for, TensorBoard events of a run."""
 
     def __init__(self, run_dir, progress, tensorboard):
         self.history = CsvLog(run_dir / "history.csv", HISTORY, keep=progress.epoch)
         self.steps = CsvLog(run_dir / "steps.csv", STEPS, keep=progress.step)
+        self.events = CsvLog(run_dir / "events.csv", EVENTS, keep=progress.step)
         self.board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -132,6 +175,10 @@ class RunLog:
                     self.board.add_scalar(f"epoch/{name}", value, step)
             self.board.flush()
 
+    def event(self, step, epoch, event, detail):
+        """A row of events.csv: what was out of the ordinary (skipped, diverged, rollback, unreadable, memory)."""
+        self.events.append(step=step, epoch=epoch, event=event, detail=detail)
+
     def sync(self):
-        self.steps.sync()
-        self.history.sync()
+        for log in (self.steps, self.history, self.events):
+            log.sync()

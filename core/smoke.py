@@ -33,6 +33,33 @@ def overfit(model, loss_fn, spec, target, autocast, steps=60, lr=1e-3):
     return losses[0], losses[-1], correct, sorted(wrong)
 
 
+def smoke_test(model, loss_fn, precision, model_input, windows, step, n_train, n_val, epochs, n_bad):
+    """Overfit one batch, train a short stretch, price the full run -> whether all is well.
+
+    model_input(batch) -> (spec, target); windows: the first epoch's; step(window) -> what train_step returns;
+    n_train: clips of an epoch, n_val: tiles of its validation.
+    """
+    window = next(windows)
+    spec, target = model_input(window[0])
+    model.train()
+    first, last, correct, wrong = overfit(model, loss_fn, spec, target, precision.autocast)
+    print(f"smoke: one batch of {len(spec)}: loss {first:.3f} to {last:.4f}, {correct:.0%} correct; gradients "
+          + (f"missing or not finite in {', '.join(wrong[:3])}" if wrong else "all finite"))
+    clips, steps, started = 0, 0, time.perf_counter()
+    while window and time.perf_counter() - started < 20 and steps < 20:
+        stepped = step(window)[0][3].item()
+        clips += sum(len(batch.rows) for batch in window)
+        steps += 1
+        window = next(windows, None)
+    speed = clips / (time.perf_counter() - started)  # with the loading of the data
+    epoch = n_train / speed + n_val / (3 * speed)  # forward alone is a third of a training step
+    print(f"smoke: {speed:.1f} clips/s, peak memory {peak_memory_mb(precision.device):.0f} MiB; about "
+          f"{duration(epoch)} an epoch, {duration(epoch * epochs)} for all {epochs}")
+    ok = last < 0.5 * first and not wrong and bool(stepped)
+    print(f"smoke: {'passed' if ok else 'FAILED'}" + f", {n_bad} unreadable files" * bool(n_bad))
+    return ok
+
+
 def peak_memory_mb(device):
     """Peak memory of the device, or of the process on a CPU, in MiB."""
     if device.type == "cuda":

@@ -93,9 +93,12 @@ class TrainLoader:
     def steps_per_epoch(self):
         return -(-len(self.rows) // self.effective_batch)
 
-    def windows(self, epoch, start=0):
-        """Yield the windows of an epoch (counted from 0), from window `start` on: lists of Batch."""
+    def windows(self, epoch, start=0, rank=0, ranks=1):
+        """Yield the windows of an epoch (counted from 0), from window `start` on: lists of Batch. Of each window
+        rank r of n gets the micro-batches r, r + n, r + 2n ..., so what a micro-batch holds does not depend
+        on the number of ranks."""
         plan = epoch_windows(epoch_order(self.rows, self.seed, epoch), self.batch_size, self.effective_batch)[start:]
+        plan = [window[rank::ranks] for window in plan]
         self._keys = [[(row, -1 - epoch) for row in micro] for window in plan for micro in window]
         batches = iter(self._loader)
         for window in plan:

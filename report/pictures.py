@@ -27,8 +27,8 @@ def curves(history_csv, out, monitor="val_acc"):
     """Loss, accuracy, macro-F1 and mAP over epochs from a run's history.csv (a row per epoch,
     accuracy as 0..1). Blank and non-finite values are left out.
 
-    The best epoch by `monitor` (one of `_MONITORS`; lowest for val_loss, else highest, the first
-    on a tie) is marked. Raises ValueError on another monitor and on a file without rows.
+    The best epoch by `monitor` (one of `_MONITORS`; lowest for val_loss, else highest, the last
+    on a tie, whose weights best.pt holds) is marked. Raises ValueError on another monitor and on a file without rows.
     """
     if monitor not in _MONITORS:
         raise ValueError(f"monitor must be one of {', '.join(_MONITORS)}, got {monitor!r}")
@@ -65,7 +65,7 @@ def _read_history(path):
 def _best_row(values, lowest):
     if np.isnan(values).all():
         return None
-    return int(np.nanargmin(values) if lowest else np.nanargmax(values))
+    return int(np.flatnonzero(values == (np.nanmin(values) if lowest else np.nanmax(values)))[-1])
 
 
 def _curve_panel(ax, title, lines, history, best, monitor):
@@ -204,18 +204,21 @@ def _short(value):
     return f"{float(digits):g}e{int(exponent)}" if value else "0"
 
 
-def batch(specs, titles, out, sample_rate, hop_length, mel_hz, unit="standardised dB"):
-    """Spectrograms as the model sees them, up to 16, on one colour scale.
+def batch(specs, labels, targets, classes, out, sample_rate, hop_length, mel_hz, unit="standardised dB"):
+    """Spectrograms as the model sees them, up to 16, on one colour scale, under the name of their class, or
+    of the two largest shares where a clip is mixed.
 
-    specs: (B, n_mels, frames) in `unit`. titles: one a clip, may hold line breaks. mel_hz:
-    (n_mels,) centre frequencies, ascending. Raises ValueError where these do not fit together.
+    specs: (B, n_mels, frames) in `unit`. labels: (B,) class indices. targets: (B, classes) soft labels.
+    mel_hz: (n_mels,) centre frequencies, ascending. Raises ValueError where these do not fit together.
     Values that are not finite are red.
     """
     specs, mel_hz = np.asarray(specs, dtype=np.float32), np.asarray(mel_hz, dtype=np.float64)
     if specs.ndim != 3 or not len(specs) or specs.shape[1] != len(mel_hz):
         raise ValueError(f"specs must be (B, {len(mel_hz)}, frames), got {specs.shape}")
-    if len(titles) != len(specs):
-        raise ValueError(f"{len(titles)} titles for {len(specs)} spectrograms")
+    targets = np.asarray(targets)
+    if len(labels) != len(specs) or targets.shape != (len(specs), len(classes)):
+        raise ValueError(f"{len(labels)} labels and targets {targets.shape} for {len(specs)} spectrograms of "
+                         f"{len(classes)} classes")
     shown = np.where(np.isfinite(specs[:16]), specs[:16], np.nan)
     columns = math.ceil(math.sqrt(len(shown)))
     rows = math.ceil(len(shown) / columns)
@@ -227,7 +230,8 @@ def batch(specs, titles, out, sample_rate, hop_length, mel_hz, unit="standardise
                 ax.set_axis_off()
                 continue
             image = _spectrogram(ax, shown[i], mel_hz, hop_length / sample_rate, low, high)
-            title = "\n".join(plain(line, 40) for line in str(titles[i]).split("\n"))
+            shares = [f"{plain(classes[c], 36)} {targets[i, c]:.0%}" for c in np.argsort(-targets[i])[:2] if targets[i, c] > 0]
+            title = plain(classes[labels[i]], 40) if len(shares) < 2 else "\n".join(shares)
             ax.set_title(title, fontsize=8, fontweight="normal")
             ax.tick_params(labelleft=i % columns == 0, labelbottom=i + columns >= len(shown))
         figure.colorbar(image, ax=axes, label=unit, extend="both", aspect=40, fraction=0.05)

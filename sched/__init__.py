@@ -5,6 +5,8 @@ warm-up. Steps are optimiser steps. The whole state is the number of steps done.
 """
 import math
 
+import torch
+
 SHAPES = ("cosine", "linear", "constant", "wsd")
 
 
@@ -38,9 +40,12 @@ class RelativeSchedule:
     warmup_steps, total_steps: in optimiser steps; 0 warm-up steps is allowed. Call `.step()` after each
     optimiser step that really happened. A group's base LR is its "initial_lr", taken from its "lr" where
     the group has none. Raises ValueError for an unknown shape or a warm-up longer than the run.
+
+    device: keep the step count and the rates there, as float32 tensors, so that `.step(happened)` with a
+    tensor never makes the host wait. By default they are plain numbers.
     """
 
-    def __init__(self, optimizer, warmup_steps, total_steps, shape="cosine", min_ratio=0.0):
+    def __init__(self, optimizer, warmup_steps, total_steps, shape="cosine", min_ratio=0.0, device=None):
         if not 0 <= warmup_steps <= total_steps:
             raise ValueError(f"warm-up of {warmup_steps} steps in a run of {total_steps}")
         lr_factor(0, warmup_steps, total_steps, shape)  # an unknown shape fails here, not hours later
@@ -50,25 +55,40 @@ class RelativeSchedule:
         self.arguments = (warmup_steps, total_steps, shape, min_ratio)
         self.steps = 0
         self.scale = 1.0  # one factor for all groups, below 1 after a rollback
+        self.table = None
+        if device is not None:
+            self.steps = torch.zeros((), dtype=torch.int64, device=device)
+            self.table = torch.tensor([self.factor(step) for step in range(total_steps + 1)], device=device)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self._write()
 
     def factor(self, step):
+        """The factor at a step, by which every group's base LR is multiplied."""
         return self.scale * lr_factor(step, *self.arguments)
 
-    def step(self):
-        self.steps += 1
+    def step(self, happened=True):
+        """On to the next step, if this one happened: a bool, or a bool tensor on the schedule's device."""
+        self.steps += bool(happened) if self.table is None else happened
+        self._write()
+
+    def rescale(self, by):
+        """Multiply the rates of all groups from here on by one number; their ratio stays."""
+        self.scale *= by
         self._write()
 
     def _write(self):
-        factor = self.factor(self.steps)
+        if self.table is None:
+            factor = self.factor(self.steps)
+        else:
+            factor = self.scale * self.table[self.steps.clamp(max=len(self.table) - 1)]
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor  # the only line that writes a learning rate
 
     def state_dict(self):
-        return {"steps": self.steps, "scale": self.scale}
+        return {"steps": int(self.steps), "scale": self.scale}
 
     def load_state_dict(self, state):
-        self.steps, self.scale = state["steps"], state["scale"]
+        self.steps = self.steps * 0 + state["steps"]
+        self.scale = state["scale"]
         self._write()

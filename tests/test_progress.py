@@ -5,7 +5,7 @@ from core.progress import Progress
 def epochs(values, lower=False):
     progress, out = Progress(), []
     for value in values:
-        better = progress.end_epoch(value, lower)
+        better = progress.end_epoch(value, lower, value)
         out.append((better, progress.best_epoch, progress.stale))
     return out
 
@@ -24,5 +24,5 @@ def test_a_skipped_step_does_not_enter_the_loss():
     progress.count(float("nan"), 0, 4, False)
     assert (progress.loss, progress.accuracy, progress.skipped, progress.step, progress.window) == (2.0, 0.75, 1, 2, 2)
     assert Progress(**progress.to_dict()) == progress
-    progress.end_epoch(0.5, False)
+    progress.end_epoch(0.5, False, 0.5)
     assert (progress.window, progress.clips, progress.skipped, progress.step) == (0, 0, 0, 2)

@@ -68,7 +68,7 @@ ROWS = [(1, 2.0, 0.2, 1.5, 0.30, 0.2, 0.25), (2, 1.0, 0.5, 1.1, 0.52, 0.4, 0.44)
 
 
 @pytest.mark.parametrize("monitor, said", [
-    ("val_acc", "4 epochs: best validation accuracy 0.520 at epoch 2"),
+    ("val_acc", "4 epochs: best validation accuracy 0.520 at epoch 3"),
     ("val_loss", "4 epochs: best validation loss 1.000 at epoch 3"),
     ("val_map", "4 epochs: best validation mAP 0.450 at epoch 3"),
 ])
@@ -183,9 +183,14 @@ MEL_HZ = np.geomspace(50, 10000, 32)
 @pytest.mark.parametrize("n", [3, 20])
 def test_batch(tmp_path, figures, n):
     specs = np.random.default_rng(0).normal(size=(n, 32, 40))
-    titles = [STRANGE[i % len(STRANGE)] + f"\nfile_{i}.wav" for i in range(n)]
-    batch(specs, titles, tmp_path / "batch.png", 16000, 160, MEL_HZ, unit="standard units")
+    labels = np.arange(n) % len(STRANGE)
+    targets = np.eye(len(STRANGE))[labels]
+    targets[1] = 0.7 * targets[1] + 0.3 * targets[0]
+    batch(specs, labels, targets, STRANGE, tmp_path / "batch.png", 16000, 160, MEL_HZ, unit="standard units")
     check_picture(tmp_path / "batch.png")
+    titles = [ax.get_title(loc="left") for ax in figures[0].axes if ax.images]
+    assert titles[1].count("\n") == 1 and titles[1].split("\n")[0].endswith(" 70%") and titles[1].endswith(" 30%")
+    assert titles[0] and "%" not in titles[0]
     images = [ax for ax in figures[0].axes if ax.images]
     assert len(images) == min(n, 16)
     assert len({ax.images[0].get_clim() for ax in images}) == 1
@@ -196,7 +201,7 @@ def test_batch(tmp_path, figures, n):
 def test_batch_axes_are_seconds_and_hertz_with_the_low_at_the_bottom(tmp_path, figures):
     specs = np.zeros((1, 32, 40))
     specs[0, :16] = 1.0  # the low half is bright
-    batch(specs, ["a"], tmp_path / "batch.png", 16000, 160, MEL_HZ)
+    batch(specs, [0], [[1.0]], ["a"], tmp_path / "batch.png", 16000, 160, MEL_HZ)
     ax = figures[0].axes[0]
     assert ax.get_xlim() == (0, pytest.approx(0.4))
     for place, label in zip(ax.get_yticks(), ax.get_yticklabels()):
@@ -212,18 +217,18 @@ def test_batch_shows_what_is_not_finite(tmp_path, figures):
     specs = np.zeros((2, 32, 40))
     specs[0, :8, :20] = np.nan
     specs[1, :8, :20] = np.inf
-    batch(specs, ["a", "b"], tmp_path / "batch.png", 16000, 160, MEL_HZ)
+    batch(specs, [0, 1], np.eye(2), ["a", "b"], tmp_path / "batch.png", 16000, 160, MEL_HZ)
     assert any("320 values not finite (red)" in text for text in texts(figures[0]))
     with Image.open(tmp_path / "batch.png") as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
     assert (pixels == (255, 0, 0)).all(axis=1).mean() > 0.03
 
 
-def test_batch_refuses_swapped_axes_and_missing_titles(tmp_path):
+def test_batch_refuses_swapped_axes_and_missing_labels(tmp_path):
     with pytest.raises(ValueError, match=r"\(B, 32, frames\), got \(1, 40, 32\)"):
-        batch(np.zeros((1, 40, 32)), ["a"], tmp_path / "batch.png", 16000, 160, MEL_HZ)
-    with pytest.raises(ValueError, match="1 titles for 2 spectrograms"):
-        batch(np.zeros((2, 32, 40)), ["a"], tmp_path / "batch.png", 16000, 160, MEL_HZ)
+        batch(np.zeros((1, 40, 32)), [0], [[1.0]], ["a"], tmp_path / "batch.png", 16000, 160, MEL_HZ)
+    with pytest.raises(ValueError, match="1 labels .* for 2 spectrograms"):
+        batch(np.zeros((2, 32, 40)), [0], [[1.0]], ["a"], tmp_path / "batch.png", 16000, 160, MEL_HZ)
 
 
 def test_confusion_of_few_classes_writes_counts_and_truth_in_rows(tmp_path, figures):

@@ -346,11 +346,11 @@ def test_a_step_that_is_not_finite_changes_nothing():
     train.train_step(t, good, 0)
     weights = [p.clone() for p in model.parameters()]
     moments = [optimizer.state[p]["exp_avg"].clone() for p in model.parameters()]
-    stepped = train.train_step(t, good + bad, 0)[3]
+    stepped = train.train_step(t, good + bad, 0)[0][3]
     assert not stepped and schedule.steps == 1
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
     assert all(torch.equal(a, optimizer.state[p]["exp_avg"]) for a, p in zip(moments, model.parameters(), strict=True))
-    assert train.train_step(t, good, 0)[3] and schedule.steps == 2
+    assert train.train_step(t, good, 0)[0][3] and schedule.steps == 2
     assert not torch.equal(weights[0], next(iter(model.parameters())))
 
 
