@@ -410,7 +410,7 @@ def main(argv=None):
     def event(what, detail):
         tqdm.write(f"step {progress.step}: {what}: {detail}", file=sys.stdout)
         if log:
-            log.event(progress.step, progress.epoch + 1, what, detail)
+            log.event(progress.step, epoch + 1, what, detail)
 
     def settle(left=0):
         """Read the results of all steps but the last `left`, count them and write them down."""
