@@ -249,7 +249,7 @@ def accumulate(t, window, epoch, clips):
             loss = t.loss_fn(logits, target[piece])  # per clip, float32
             t.precision.scaler.scale(loss.sum() / clips).backward()
             right = logits.argmax(dim=1) == target[piece].argmax(dim=1)
-            sums = sums + torch.stack([loss.detach().sum(), right.sum()])
+            sums = sums + torch.stack([loss.detach().sum(), right.sum()]).float()
             losses.append((batch.rows[piece], loss.detach()))
     return sums, losses
 
