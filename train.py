@@ -257,10 +257,11 @@ def accumulate(t, window, epoch, clips):
 def train_step(t, window, epoch, clips=None):
     """One optimiser step over a window of micro-batches: the gradient of the mean loss over all its clips,
     whatever their number and grouping, and however many ranks share them. `clips`: how many there are over
-    all ranks. Returns a tensor (loss sum, correct clips, gradient norm, whether it stepped), which is the
-    same on all ranks and need not have been computed yet on a GPU, and [(rows, loss per clip)] of this rank."""
+    all ranks. Returns a tensor (loss sum, correct clips, gradient norm, whether it stepped, loss scale), which is
+    the same on all ranks and need not have been computed yet on a GPU, and [(rows, loss per clip)] of this rank."""
     clips = clips or sum(len(batch.rows) for batch in window)
     scaler, done = t.precision.scaler, None
+    scale = scaler.scale(torch.ones((), device=t.precision.device))
     while done is None:
         try:
             done = accumulate(t, window, epoch, clips)
@@ -284,7 +285,7 @@ def train_step(t, window, epoch, clips=None):
     scaler.update()
     t.optimizer.zero_grad(set_to_none=True)
     t.schedule.step(finite)
-    return torch.stack([loss_sum, correct, grad_norm, finite]), losses
+    return torch.stack([loss_sum, correct, grad_norm, finite, scale]), losses
 
 
 # --- the run ---
@@ -416,12 +417,12 @@ def main(argv=None):
         """Read the results of all steps but the last `left`, count them and write them down."""
         while len(pending) > left:
             figures, losses, n, lrs = pending.popleft()
-            loss_sum, correct, grad_norm, stepped = figures.tolist()
+            loss_sum, correct, grad_norm, stepped, scale = figures.tolist()
             progress.count(loss_sum, int(correct), n, stepped == 1)
             progress.seconds = time.perf_counter() - started
             if log:
                 log.step(step=progress.step, epoch=progress.epoch + 1, loss=loss_sum / n, grad_norm=grad_norm, clips=n,
-                         scale=precision.scaler.get_scale(), **{name: float(lr) for name, lr in lrs.items()})
+                         scale=scale, **{name: float(lr) for name, lr in lrs.items()})
             if stepped != 1:
                 names = [[manifest.paths[row] for seen, loss in losses for row, value in zip(seen, loss.tolist())
                           if only_bad <= (not math.isfinite(value))] for only_bad in (True, False)]
@@ -618,6 +619,11 @@ if __name__ == "__main__":
         sys.exit(fail(error, 3))
     except RanksError as error:
         sys.exit(fail(error, 1))
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        sys.exit(fail("out of memory outside of the training step; lower --eval-batch-size or --batch-size, then continue "
+                      "with --resume", 3))
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

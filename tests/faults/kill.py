@@ -66,7 +66,7 @@ def life(flags, folder, log, seconds=None, in_loop=False, break_resume=False):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--moments", type=int, default=0, help="seed of the random moments")
     parser.add_argument("--folder", type=Path, default=Path("runs/kill"))

@@ -1,0 +1,85 @@
+"""What only a CUDA device can show; skipped without one. Run alone: python -m pytest -m gpu"""
+import numpy as np
+import pytest
+import torch
+
+import train
+from core.memory import Pieces
+from core.precision import Precision
+from data.augment import Augment
+from data.clips import Batch
+from losses import FocalLoss
+from model.ast import AST, ASTConfig
+from model.frontend import FrontendConfig, build_frontend
+from model.groups import parameter_groups
+from sched import RelativeSchedule
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def training(device, dtype=None, dim=64, seconds=2):
+    torch.manual_seed(0)
+    device = torch.device(device)
+    model = AST(ASTConfig(3, dim=dim, depth=3, heads=2, drop_path=0.2)).to(device).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 2e-3, 0.01), fused=True)
+    schedule = RelativeSchedule(optimizer, 2, 20, device=device if device.type == "cuda" else None)
+    t = train.Training(model, build_frontend(FrontendConfig()).to(device), Augment(15, 30, 1.0, 0.4, 1.0, 1.0), FocalLoss(),
+                       optimizer, schedule, Precision(device, dtype, ""), 1.0)
+    generator = torch.Generator().manual_seed(1)
+    window = [Batch(torch.randn(4, 22050 * seconds, generator=generator).pin_memory(), torch.tensor([0, 1, 2, 0]),
+                    np.arange(4) + 4 * i, []) for i in range(3)]
+    return t, window
+
+
+def test_steps_on_the_gpu_are_those_on_the_cpu():
+    figures = {}
+    for device in ("cpu", "cuda"):
+        t, window = training(device)
+        figures[device] = [train.train_step(t, window, epoch)[0].cpu() for epoch in range(4)]
+        figures[device].append(torch.stack([p.detach().double().norm().cpu() for p in t.model.parameters()]).float())
+    for a, b in zip(figures["cpu"], figures["cuda"], strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None])
+def test_no_host_synchronisation_inside_a_window(dtype):
+    t, window = training("cuda", dtype)
+    pending = [train.train_step(t, window, 0)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for epoch in range(1, 4):
+            lrs = train.group_lrs(t.optimizer)
+            pending.append((*train.train_step(t, window, epoch), lrs))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(figures[0]).all() for figures in pending)
+
+
+def test_a_step_that_is_not_finite_moves_neither_weights_nor_rates():
+    t, window = training("cuda", torch.bfloat16)
+    train.train_step(t, window, 0)
+    weights, rate = [p.detach().clone() for p in t.model.parameters()], float(t.optimizer.param_groups[0]["lr"])
+    window[1].wave[2, 100] = float("nan")
+    figures, losses = train.train_step(t, window, 1)
+    assert figures[3] == 0 and not torch.isfinite(losses[1][1][2])
+    assert all(torch.equal(a, b) for a, b in zip(weights, t.model.parameters(), strict=True))
+    assert float(t.optimizer.param_groups[0]["lr"]) == rate and int(t.schedule.steps) == 1
+
+
+def test_running_out_of_real_memory_splits_the_micro_batch():
+    t, window = training("cuda", dim=256, seconds=10)
+    big = [Batch(torch.cat([batch.wave for batch in window] * 16), torch.cat([batch.target for batch in window] * 16),
+                 np.arange(192), [])]
+    whole = train.train_step(t, big, 0)[0].cpu()
+    peak = torch.cuda.max_memory_allocated()
+    t, _ = training("cuda", dim=256, seconds=10)
+    t.pieces = Pieces()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.6 * peak / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        parts = train.train_step(t, big, 0)[0].cpu()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert t.pieces.limit in (96, 48)
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-3)
