@@ -14,6 +14,10 @@ import soxr
 
 AUDIO_SUFFIXES = frozenset(".wav .wave .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .caf .w64 .rf64".split())
 BLOCK = 1 << 20  # frames decoded at a time, so that a lying header cannot ask for the whole memory
+CHUNKS = {b"RIFF": ("little", b"data"), b"FORM": ("big", b"SSND")}  # byte order, and the chunk of the samples
+UNKNOWN = 0xFFFFFFFF  # the length in the header of a WAV that was written to a pipe
+HEADER_SLACK = 64  # bytes: some writers count the header in
+LOUDEST = 1e10  # 32-bit integers written as floats reach 2e9; the square of 1e19 is beyond float32
 MP3_SLACK = 4 * 1152  # an MP3 without a length header is counted by estimate: four frames of grace
 
 
@@ -54,7 +58,26 @@ def _open(path):
     if file.frames <= 0:
         file.close()
         raise AudioError("no samples")
+    promised, there = _promised(raw)
+    if there + HEADER_SLACK < promised != UNKNOWN:  # libsndfile takes what is left for the whole
+        file.close()
+        raise AudioError(f"truncated: {there} of {promised} promised bytes of samples are there")
     return file
+
+
+def _promised(raw):
+    """Bytes of samples that the header of a WAV or AIFF promises, and those there; (0, 0) for other formats."""
+    try:
+        with open(raw, "rb") as file:
+            order, wanted = CHUNKS.get(file.read(12)[:4], ("", b""))
+            while wanted and len(head := file.read(8)) == 8:
+                size = int.from_bytes(head[4:], order)
+                if head[:4] == wanted:
+                    return size, os.fstat(file.fileno()).st_size - file.tell()
+                file.seek(size + size % 2, os.SEEK_CUR)
+    except OSError as error:
+        raise AudioError(f"cannot be read: {error.strerror}") from None
+    return 0, 0
 
 
 def _reason(error):
@@ -74,16 +97,20 @@ def probe(path):
 
 def _decode(file, frames):
     """Yield float32 blocks (k, channels) of the next `frames` frames; raises AudioError where the data
-    ends before the header said, cannot be decoded, or is not finite."""
+    ends before the header said, cannot be decoded, or is not finite or beyond LOUDEST."""
     done = 0
     while done < frames:
         ask = min(BLOCK, frames - done)
         try:
             block = file.read(ask, dtype="float32", always_2d=True)
         except (sf.SoundFileError, RuntimeError, OSError, MemoryError, ValueError) as error:
-            raise AudioError(f"decoding fails after {file.tell() / file.samplerate:.1f} s: {_reason(error)}") from None
-        if not np.isfinite(block).all():
+            at = file.tell() if file.seekable() else done
+            raise AudioError(f"decoding fails after {at / file.samplerate:.1f} s: {_reason(error)}") from None
+        low, high = block.min(initial=0), block.max(initial=0)
+        if not (np.isfinite(low) and np.isfinite(high)):
             raise AudioError("has samples that are not finite (NaN or infinity)")
+        if max(-low, high) > LOUDEST:
+            raise AudioError(f"has a sample of {max(-low, high):.1g}, where 1 is full scale")
         done += len(block)
         if len(block):
             yield block
@@ -112,7 +139,8 @@ def read(path, rate, start=0, length=None):
 
     start, length: in samples at `rate`; length None reads to the end. Only the wanted stretch is
     decoded and resampled, with enough of its neighbourhood that the result equals, to about 1e-5, that
-    stretch of the whole file resampled. Fewer than `length` samples come back where the file ends.
+    stretch of the whole file resampled. A stretch that the file, by its header, does not hold is refused;
+    up to 10 ms beyond its end, the rounding of a time in seconds, are cut.
 
     Returns (samples,) float32. Raises AudioError.
     """
@@ -122,11 +150,15 @@ def read(path, rate, start=0, length=None):
         stop = total if length is None else min(total, start + length)
         if start >= total:
             raise AudioError(f"ends at {total / rate:.2f} s, before the wanted start at {start / rate:.2f} s")
+        if length is not None and start + length > total + rate // 100:  # it has changed since it was scanned
+            raise AudioError(f"ends at {total / rate:.2f} s, before the wanted end at {(start + length) / rate:.2f} s")
         # Cut where source and target samples coincide, so that the resampler meets the same phase.
         step = source // math.gcd(source, rate)
         margin = 0 if source == rate else 128 * max(1, source // rate)
         first = max(0, (start * source // rate - margin) // step * step)
         last = min(file.frames, math.ceil(stop * source / rate) + margin)
+        if not file.seekable():  # GSM and G.721 in WAV, say: decode what comes before, too
+            first = 0
         if first:
             try:
                 file.seek(first)

@@ -86,7 +86,7 @@ class TrainLoader:
         self.clips, self.rows, self.seed = clips, np.asarray(rows), seed
         self.batch_size, self.effective_batch = batch_size, effective_batch
         self._keys = []  # the loader reads this list anew for each epoch, its workers live on
-        self._loader = DataLoader(clips, batch_sampler=_Live(self), collate_fn=clips.collate, num_workers=workers,
+        self._loader = DataLoader(clips, batch_sampler=_Live(self._keys), collate_fn=clips.collate, num_workers=workers,
                                   pin_memory=pin, persistent_workers=workers > 0)
 
     @property
@@ -99,20 +99,21 @@ class TrainLoader:
         on the number of ranks."""
         plan = epoch_windows(epoch_order(self.rows, self.seed, epoch), self.batch_size, self.effective_batch)[start:]
         plan = [window[rank::ranks] for window in plan]
-        self._keys = [[(row, -1 - epoch) for row in micro] for window in plan for micro in window]
+        self._keys[:] = [[(row, -1 - epoch) for row in micro] for window in plan for micro in window]
         batches = iter(self._loader)
         for window in plan:
             yield [next(batches) for _ in window]
 
 
 class _Live:
-    """A batch sampler that walks over the loader's current list of keys."""
+    """A batch sampler that walks over what the list holds when an epoch begins. It knows the list and not its
+    loader, or the two would keep each other, and the workers, alive."""
 
-    def __init__(self, loader):
-        self.loader = loader
+    def __init__(self, keys):
+        self.keys = keys
 
     def __iter__(self):
-        return iter(self.loader._keys)
+        return iter(list(self.keys))
 
 
 def evaluation_batches(clips, rows, batch_size, workers=0, pin=False):

@@ -22,7 +22,7 @@ from .audio import AUDIO_SUFFIXES, AudioError, check, probe
 
 WORKERS = min(8, 2 * (os.cpu_count() or 1))  # libsndfile works without the GIL, and a disk likes a queue
 PIECE = 4096  # bytes at the start, middle and end of a file that go into its fingerprint
-INDEX_HEAD = b"warble scan index 1\n"
+INDEX_HEAD = b"warble scan index 2\n"
 INDEX_LIMIT = 1_000_000  # files remembered: those of this scan, then the ones of earlier scans
 
 # What is known of a file. `key` stands for its path, size, mtime and inode, so that a changed file is an

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,9 @@ def test_every_original_is_read_as_what_it_is(tmp_path):
 
 
 def test_mutants_follow_from_seed_and_index():
-    files, again = ({name: fuzz_audio.original(name) for name in fuzz_audio.ORIGINALS} for _ in range(2))
+    files = {name: fuzz_audio.original(name) for name in fuzz_audio.ORIGINALS}
+    time.sleep(1.1)  # some headers hold the time
+    again = {name: fuzz_audio.original(name) for name in fuzz_audio.ORIGINALS}
     assert files == again
     made = [fuzz_audio.mutant(0, index, files) for index in range(300)]
     assert made == [fuzz_audio.mutant(0, index, again) for index in range(300)]
@@ -104,9 +107,9 @@ def test_mutants_follow_from_seed_and_index():
     assert changed > 285
 
 
-def test_the_checksum_of_ogg_pages():
-    content = fuzz_audio.original("OGG VORBIS")
-    assert fuzz_audio.seal_ogg(content) == content  # as libogg wrote them, but for the serial number
+def test_the_checksum_of_ogg_pages(tmp_path):
+    content = noise(tmp_path / "a.ogg", seconds=1).read_bytes()
+    assert fuzz_audio.seal_ogg(content) == content  # as libogg wrote them
     bare = bytearray(content)
     bare[22:26] = bytes(4)
     assert fuzz_audio.seal_ogg(bare) == content
@@ -333,12 +336,15 @@ def become_shorter(path):
     noise(path, seconds=0.12, seed=7)
 
 
-CHANGES = [vanish, become_text, become_empty, become_cut, become_nan, become_a_pipe, become_a_folder, become_a_lost_link]
-SHORT = pytest.param(become_shorter, 0, marks=pytest.mark.xfail(
-    strict=True, reason="Clips repeats what is left of a file that is shorter than at the scan"))
+def become_a_blip(path):
+    noise(path, seconds=0.05, seed=7)
 
 
-@pytest.mark.parametrize("change, workers", [*((change, 0) for change in CHANGES), (vanish, 2), SHORT])
+CHANGES = [vanish, become_text, become_empty, become_cut, become_nan, become_a_pipe, become_a_folder, become_a_lost_link,
+           become_shorter, become_a_blip]
+
+
+@pytest.mark.parametrize("change, workers", [*((change, 0) for change in CHANGES), (vanish, 2)])
 def test_a_file_that_changes_is_named_and_not_replaced(folder, change, workers):
     samples = 3200
     manifest, bad = data.prepare.prepare(folder, say=lambda line: None)
