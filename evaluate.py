@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 import torch
 from tqdm import tqdm
 
-from core.checkpoint import CheckpointError, load_checkpoint
+from core.checkpoint import CheckpointError, load_checkpoint, reading
 from core.guard import NumbersError
 from core.metrics import confusion, evaluate_scores, per_class
 from core.precision import DeviceError, choose_precision, pick_device
@@ -125,16 +125,24 @@ def result_lines(metrics):
 
 
 def restore(state, device):
-    """The model and the front end that a checkpoint describes, on a device."""
-    model = AST(ASTConfig(**state["config"]))
-    try:
+    """The model and the front end that a checkpoint from `load_checkpoint` describes, on a device."""
+    with reading(state.path):
+        config, frontend = ASTConfig(**state["config"]), FrontendConfig(**state["frontend"])
+        found = {name: value.shape for name, value in state["model"].items()}
+        if config.depth != len({name.split(".")[1] for name in found if name.startswith("blocks.")}):
+            raise ValueError(f"its weights are not of depth {config.depth}")
+        with torch.device("meta"):  # shapes without memory, whatever sizes it claims
+            shapes = {name: value.shape for name, value in AST(config).state_dict().items()}
+        for name in [*shapes, *found]:
+            if shapes.get(name) != found.get(name):
+                raise ValueError(f"{name[:60]} has shape {found.get(name)}, its config gives {shapes.get(name)}")
+        if not config.patch <= frontend.frames(state["clip"]["samples"]) < 10**6 or frontend.n_mels != config.n_mels:
+            raise ValueError(f"its clip of {state['clip']['samples']} samples does not fit its front end and model")
+        if len(state["classes"]) != config.n_classes:
+            raise ValueError(f"{len(state['classes'])} classes and {config.n_classes} scores")
+        model = AST(config)
         model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise CheckpointError(f"checkpoint: its weights do not fit its own config ({str(error).splitlines()[-1].strip()}); "
-                              "it was altered, use another") from None
-    if not all(torch.isfinite(p).all() for p in model.parameters()):
-        raise CheckpointError("checkpoint: holds weights that are not finite; use an earlier one")
-    return model.to(device), build_frontend(FrontendConfig(**state["frontend"])).to(device)
+        return model.to(device), build_frontend(frontend).to(device)
 
 
 def find_checkpoint(name):
@@ -151,7 +159,10 @@ def find_checkpoint(name):
 
 def evaluation_data(state, data, audio_dir, split):
     """What to evaluate on -> (manifest with the checkpoint's classes, rows, split name, notes)."""
-    own = Manifest.from_dict(state["manifest"])
+    with reading(state.path):
+        own = Manifest.from_dict(state["manifest"])
+        if own.classes != state["classes"]:
+            raise ValueError("the classes of its manifest are not its own")
     if data is not None:
         other = load_manifest(data, audio_dir)
         known = {path: row for row, path in enumerate(own.paths)}
@@ -194,7 +205,7 @@ def _other_data(other, classes):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0])
-    parser.error = lambda message: sys.exit(_fail(f"{message} (see --help)"))
+    parser.error = lambda message: sys.exit(fail(f"{message} (see --help)"))
     add = parser.add_argument
     add("--ckpt", required=True, help="a checkpoint; a bare name is looked up in the newest run under runs/")
     add("--split", default="test", choices=SPLITS, help="which part of the run's own split (default: test)")
@@ -212,9 +223,11 @@ def parse(argv=None):
     return args
 
 
-def _fail(message):
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+def fail(message, code=2):
+    """Say on one line what is wrong -> the exit code."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message))
+    print(f"error: {line}", file=sys.stderr)
+    return code
 
 
 def main(argv=None):
@@ -228,10 +241,11 @@ def main(argv=None):
     model, frontend = restore(state, device)
     manifest, rows, split, notes = evaluation_data(state, args.data, args.audio_dir, args.split)
     print("\n".join(notes))
-    config, clip = frontend.config, state["clip"]
-    clips = Clips(manifest, config.sample_rate, clip["samples"], clip["short"])
+    with reading(path):
+        clips = Clips(manifest, frontend.config.sample_rate, state["clip"]["samples"], state["clip"]["short"])
+        loss_fn = build_loss(**state["loss"]).to(device)
+        loss_fn(torch.zeros(1, len(state["classes"]), device=device), torch.zeros(1, dtype=torch.long, device=device))
     batches = evaluation_batches(clips, rows, args.batch_size, args.workers, pin=device.type == "cuda")
-    loss_fn = build_loss(**state["loss"]).to(device)
     result = evaluate(model, frontend, batches, manifest, rows, loss_fn, precision, show=split)
     for row, reason in list(result.broken.items())[:10]:
         print(f"  left out: {manifest.paths[row]}: {reason}")
@@ -247,7 +261,6 @@ if __name__ == "__main__":
     try:
         main()
     except INPUT_ERRORS as error:
-        sys.exit(_fail(error))
+        sys.exit(fail(error))
     except NumbersError as error:
-        _fail(error)
-        sys.exit(3)
+        sys.exit(fail(error, 3))

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core.checkpoint import CheckpointError, SaveTimer, link, load_checkpoint, save_checkpoint
+from core.checkpoint import CheckpointError, SaveTimer, link, load_checkpoint, reading, save_checkpoint
 from core.distributed import Ranks, RanksError
 from core.guard import NumbersError, diverged
 from core.memory import OutOfMemory, Pieces, largest_batch, ran_out
@@ -37,7 +37,7 @@ from data.manifest import DataError, Manifest
 from data.prepare import prepare
 from data.scan import write_bad_files
 from data.splits import split_hash, write_split
-from evaluate import Evaluation, evaluate, result_lines, write_results
+from evaluate import Evaluation, evaluate, fail, restore, result_lines, write_results
 from losses import balanced_alpha, build_loss, soft_target
 from model.ast import AST, ASTConfig
 from model.frontend import FrontendConfig, build_frontend
@@ -63,10 +63,10 @@ FREE_ON_RESUME = {"resume", "run_dir", "workers", "device", "tensorboard", "eval
 ROLLBACK_FACTOR, MOST_ROLLBACKS = 0.5, 5
 
 
-def parse(argv=None):
+def parse(argv=None, source=""):
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: sys.exit(fail(f"{message} (see --help)"))
+    parser.error = lambda message: sys.exit(fail(f"{source}{message} (see --help)"))
     add = parser.add_argument_group("data").add_argument
     add("--data", default="demo", help="class folders, a CSV with path,label, an ESC-50 or UrbanSound8K folder, or demo")
     add("--audio-dir", help="folder that the paths of a CSV are relative to (default: the CSV's own)")
@@ -189,12 +189,6 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def fail(message, code=2):
-    if Ranks().first or code == 1:
-        print(f"error: {message}", file=sys.stderr)
-    return code
-
-
 def ast_config(args, n_classes):
     changes = {name: value for name in ("dim", "depth", "heads") if (value := getattr(args, name)) is not None}
     return getattr(ASTConfig, args.size)(n_classes, drop_path=args.drop_path, **changes)
@@ -292,7 +286,9 @@ def train_step(t, window, epoch, clips=None):
 
 def stored_flags(args, given, state, run_dir):
     """The flags that a run was started with, which one on the command line may not contradict."""
-    stored = dict(state["flags"])
+    words = [flag(name) if value is True else f"{flag(name)}={value}" for name, value in state["flags"].items()
+             if value is not None and value is not False]
+    stored = vars(parse(words, f"{state.path}: ")[0])  # what a file says is checked like what a person says
     for name, value in given.items():
         if name in FREE_ON_RESUME:
             stored[name] = value
@@ -321,21 +317,23 @@ def main(argv=None):
         manifest, bad_files = ranks.once(lambda: prepare(args.data, args.audio_dir, args.fold, args.min_clips,
                                                          args.max_bad_share, args.scan, args.seed))
     else:
-        manifest, bad_files = Manifest.from_dict(state["manifest"]), [tuple(pair) for pair in state["bad_files"]]
+        with reading(state.path):
+            manifest = Manifest.from_dict(state["manifest"])
+            bad_files = [(path, reason) for path, reason in state["bad_files"]]
     rows = {split: manifest.rows(split) for split in ("train", "val", "test")}
     print(f"  {len(manifest.classes)} classes; " + ", ".join(f"{len(rows[split])} {split}" for split in rows))
 
     # model
     torch.manual_seed(args.seed)
-    frontend = build_frontend(FrontendConfig.of(args.frontend, args.fmin, args.fmax)).to(device)
+    if state is None:
+        model = AST(ast_config(args, len(manifest.classes)))
+        frontend = build_frontend(FrontendConfig.of(args.frontend, args.fmin, args.fmax)).to(device)
+    else:
+        model, frontend = restore(state, device)
     samples = round(args.seconds * frontend.config.sample_rate)
-    model = AST(ast_config(args, len(manifest.classes)))
-    weights = f"none (random, seed {args.seed})"
-    if state is not None:
-        weights = state["weights"]
-        model.load_state_dict(state["model"])
-    elif args.weights != "none":
-        report = ranks.once(lambda: load_pretrained(model, args.weights))
+    weights = f"none (random, seed {args.seed})" if state is None else state["weights"]
+    if state is None and args.weights != "none":
+        report = ranks.once(lambda: load_pretrained(model, args.weights, own_reader=load_checkpoint))
         weights = f"{report.source}, sha256 {report.sha256}"
         print("\n".join(report.lines()))
     model.to(device).checkpointing = args.checkpointing
@@ -387,10 +385,7 @@ def main(argv=None):
     # run folder
     progress = Progress()
     if state is not None:
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        precision.scaler.load_state_dict(state["scaler"])
-        progress, t.pieces.limit = Progress(**state["progress"]), state["piece"]
+        progress = continue_from(state, t)
         print(f"resumed after step {progress.step}, in epoch {progress.epoch + 1}")
     elif ranks.first:
         create_run(run_dir, again=args.resume is not None)
@@ -574,6 +569,22 @@ def main(argv=None):
     return 0
 
 
+def continue_from(state, t):
+    """Give the optimiser, the schedule, the scaler and the micro-batch limit of a checkpoint to `t` -> Progress."""
+    with reading(state.path):
+        own = t.optimizer.state_dict()["param_groups"]  # rates and decay come from the flags
+        t.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own})
+        for p, moments in t.optimizer.state.items():
+            if moments.keys() != {"step", "exp_avg", "exp_avg_sq"} or not all(
+                    value.shape in (p.shape, ()) and torch.isfinite(value).all() for value in moments.values()):
+                raise ValueError("moments that are not those of its weights")
+        t.schedule.load_state_dict(state["schedule"])
+        if state["scaler"]:  # empty where the run went without one, on another device
+            t.precision.scaler.load_state_dict(state["scaler"])
+        t.pieces.limit = state["piece"]
+        return Progress(**state["progress"])
+
+
 def group_lrs(optimizer):
     """The LR of the backbone and of the head, as the optimiser's next step will use them."""
     lrs = {group["name"].removesuffix("_no_decay"): group["lr"] for group in optimizer.param_groups}
@@ -613,8 +624,8 @@ def draw_first_batch(t, loader, out):
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except INPUT_ERRORS as error:
-        sys.exit(fail(error))
+    except INPUT_ERRORS as error:  # raised on all ranks alike: one of them says it
+        sys.exit(fail(error) if Ranks().first else 2)
     except NUMBERS_ERRORS as error:
         sys.exit(fail(error, 3))
     except RanksError as error:

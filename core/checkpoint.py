@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -18,10 +19,18 @@ VERSION = 1
 EOCD = 22  # bytes of a zip's end-of-central-directory record without a comment
 MARK = b"sha256:"
 COMMENT = len(MARK) + 64
+PARTS = {  # what train.py writes
+    "model": dict, "config": dict, "frontend": dict, "clip": dict, "classes": list, "loss": dict, "manifest": dict,
+    "bad_files": list, "flags": dict, "weights": str, "device": str, "amp": str, "piece": int | None, "progress": dict,
+    "optimizer": dict, "schedule": dict, "scaler": dict,
+}
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used or written: one line that names the file and the mend."""
+
+    def __init__(self, message):
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message)))
 
 
 class _SealedFile:
@@ -72,7 +81,7 @@ def save_checkpoint(path, state):
         if path.exists():
             link(path, previous(path))
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(path.parent)
         return path.stat().st_size, time.perf_counter() - started
     except (OSError, RuntimeError) as error:  # torch.save wraps a full disk into RuntimeError
         with contextlib.suppress(OSError):
@@ -123,17 +132,25 @@ def link(path, other):
     temporary = other.with_name(other.name + ".tmp")
     with contextlib.suppress(FileNotFoundError):
         temporary.unlink()
+    if other.exists() and other.samefile(path):  # of two names of one file a rename would leave both
+        return
     try:
-        os.link(path, temporary)
+        try:
+            os.link(path, temporary)
+        except OSError:
+            import shutil
+            shutil.copyfile(path, temporary)
+            sync(temporary)
+        os.replace(temporary, other)
     except OSError:
-        import shutil
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, other)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
-def sync_folder(folder):
-    """Make a rename in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path):
+    """Make the bytes of a file, or the names in a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -141,29 +158,85 @@ def sync_folder(folder):
 
 
 def load_checkpoint(path):
-    """Read a checkpoint of this program onto the CPU, checked against its digest; no code in it is run.
+    """Read a checkpoint of this program onto the CPU, checked against its digest and for what each part of it
+    must be; no code in it is run. `module.` and `_orig_mod.` are taken off the names of its weights.
 
-    Raises CheckpointError for anything else: missing, truncated, altered, of another format.
+    Raises CheckpointError for anything else: missing, truncated, altered, of another format. So does asking
+    the result for a part that the file lacks.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; give the path of a best.pt or last.pt")
-    _verify(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        _verify(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); make it readable or use another") from None
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of TorchScript in the zip, before the error
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(f"{path}: holds pickled code, which is never run; use a checkpoint that train.py "
                               "wrote") from None
     except Exception as error:  # torch raises what it likes on bytes that are no checkpoint
         raise CheckpointError(f"{path}: not a checkpoint of this program ({type(error).__name__}); use a best.pt or "
                               "last.pt that train.py wrote") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if type(state) is not dict or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this program; weights of other programs go into "
                               "train.py --weights")
-    if state["version"] != VERSION:
-        raise CheckpointError(f"{path}: checkpoint version {state['version']}, this program reads {VERSION}; use the "
-                              "program version that wrote it")
+    if state.get("version") != VERSION:
+        raise CheckpointError(f"{path}: checkpoint version {state.get('version')!r:.20}, this program reads {VERSION}; "
+                              "use the program version that wrote it")
+    state = Parts(path, state)
+    with reading(path):
+        _check_parts(state)
     return state
+
+
+def _check_parts(state):
+    """Raise ValueError for a part of another type, and for a model that is not tensors of finite numbers; take
+    the prefixes that DistributedDataParallel and torch.compile add off the names of the weights."""
+    for name, kind in PARTS.items():
+        if name in state and not isinstance(state[name], kind):
+            raise ValueError(f"its {name} is a {type(state[name]).__name__}")
+    model = {}
+    for name, value in state.get("model", {}).items():
+        name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
+        if value.layout is not torch.strided or value.is_meta or not value.is_contiguous() or not value.is_floating_point():
+            raise ValueError(f"{name[:60]} is no plain tensor")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{name[:60]} has values that are not finite")
+        model[name] = value
+    if "model" in state:
+        state["model"] = model
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Around all that is built from what a checkpoint says: where that fails, the file is to blame."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: does not say what train.py writes ({type(error).__name__}: "
+                              f"{' '.join(str(error).split())[:150]}); it was altered, use another checkpoint") from None
+
+
+class Parts(dict):
+    """The parts of a checkpoint by name; for one that it lacks the file is to blame, not the reader."""
+
+    def __init__(self, path, state):
+        super().__init__(state)
+        self.path = path
+
+    def __missing__(self, key):
+        raise CheckpointError(f"{self.path}: lacks {key!r}; use a best.pt or last.pt that train.py wrote")
+
+    def whole(self):
+        """The same, if it has all that a run needs to continue; raises CheckpointError."""
+        for key in PARTS:
+            self[key]
+        return self
 
 
 def _verify(path):

@@ -19,6 +19,11 @@ class Progress:
     skipped: int = 0
     seconds: float = 0.0
 
+    def __post_init__(self):
+        for name in ("epoch", "window", "step", "best_epoch", "improved_epoch", "skips_in_row", "clips", "skipped"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                raise ValueError(f"progress: {name} is {getattr(self, name)!r}")
+
     def to_dict(self):
         return asdict(self)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import load_checkpoint, load_newest
+from .checkpoint import link, load_checkpoint, load_newest, reading
 
 HISTORY = ("epoch train_loss train_acc val_loss val_acc val_macro_f1 val_map lr_backbone lr_head seconds "
            "clips_per_second peak_memory_mb skipped_steps").split()
@@ -43,8 +43,10 @@ def open_run(run_dir, resume, name):
         return new, None, []
     if resume not in ("newest", "auto"):
         folder = Path(run_dir) if run_dir else Path(resume).parent
-        state = load_checkpoint(resume)
+        state = load_checkpoint(resume).whole()
+        _make(folder)
         lock_run(folder)
+        _keep_best(folder, state)
         return folder, state, [f"resuming {resume} in {folder}"]
     last = newest_run("runs", "last.pt")
     folder = Path(run_dir) if run_dir else last and last.parent
@@ -58,7 +60,16 @@ def open_run(run_dir, resume, name):
         if resume == "auto":
             return folder, None, [f"--resume auto: {folder} has no checkpoint yet, started afresh"]
         raise RunError(f"--resume: {folder} has no checkpoint yet; remove it and start without --resume")
+    _keep_best(folder, state.whole())
     return folder, state, [*notes, f"resuming {folder}"]
+
+
+def _keep_best(folder, state):
+    """A run may have died after its last.pt and before the best.pt that is the same: make it now."""
+    with reading(state.path):
+        epoch, best, window = (state["progress"][name] for name in ("epoch", "best_epoch", "window"))
+    if best == epoch > 0 and window == 0:
+        link(state.path, folder / "best.pt")
 
 
 def _check_new(path):
@@ -71,16 +82,20 @@ def create_run(path, again=False):
     something in it; `again` allows the latter, for a run that died before its first checkpoint."""
     if not again:
         _check_new(path)
+    _make(path)
+    lock_run(path)
+
+
+def _make(path):
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"--run-dir {path}: cannot be made ({error.strerror}); give another --run-dir") from None
-    lock_run(path)
 
 
 def lock_run(path):
     """Hold the run folder for this process; the lock goes with the process, however it ends."""
-    if any(Path(path).samefile(held) for held, _ in _locks):
+    if any(Path(path).resolve() == held for held, _ in _locks):
         return
     try:
         handle = open(Path(path) / ".lock", "a")

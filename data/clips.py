@@ -29,6 +29,8 @@ class Clips(Dataset):
     """
 
     def __init__(self, manifest, rate, samples, short="repeat", seed=0):
+        if short not in ("repeat", "pad"):
+            raise ValueError(f"short is {short!r}: repeat or pad")
         self.manifest, self.rate, self.samples, self.short, self.seed = manifest, rate, samples, short, seed
         self.begin = np.round(manifest.start.astype(np.float64) * rate).astype(np.int64)
         self.total = np.maximum(1, np.round(manifest.duration.astype(np.float64) * rate).astype(np.int64))

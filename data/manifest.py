@@ -102,9 +102,19 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, plain):
-        """The manifest that `to_dict` took apart."""
+        """The manifest that `to_dict` took apart. Raises ValueError, or what else the parts raise, for one that it
+        did not: it may come from a file that somebody else wrote."""
         columns = {name: np.array(plain[name], kind) for name, kind in COLUMN_TYPES.items() if plain[name] is not None}
-        return cls(**{**plain, **columns, "root": Path(plain["root"])})
+        found = cls(**{**plain, **columns, "root": Path(plain["root"])})
+        if any(column.shape != (len(found),) for column in columns.values()):
+            raise ValueError("the columns of its manifest are not of one length")
+        if not (np.isin(found.labels, range(len(found.classes))).all() and np.isin(found.split, range(-1, 3)).all()
+                and (found.start >= 0).all() and not (found.end < 0).any()):
+            raise ValueError("its manifest has a label, split, start or end out of range")
+        for path in found.paths:
+            if path.startswith("/") or "\0" in path or ".." in path.split("/"):
+                raise ValueError(f"its manifest names {path[:80]}, outside of the data folder")
+        return found
 
 
 def load_manifest(data, audio_dir=None):

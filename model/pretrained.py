@@ -6,6 +6,7 @@ file: the authors' `.pth`, the hub's safetensors (or a folder that holds it), a 
 import hashlib
 import pickle
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,14 +57,15 @@ class LoadReport:
         return out
 
 
-def load_pretrained(model, path_or_name, keep_head=False):
+def load_pretrained(model, path_or_name, keep_head=False, own_reader=None):
     """Load weights into `model` (an AST) in place and return a LoadReport.
 
     path_or_name: "audioset", "imagenet", or a file (or hub folder). keep_head also takes the classifier,
-    whose classes must then be as many as the model's. Raises WeightsError for anything that is missing,
+    whose classes must then be as many as the model's. own_reader(path): reads a checkpoint of this program,
+    with its checks; without it the weights are taken as they are. Raises WeightsError for anything that is missing,
     left over without a known reason, of the wrong shape, or not finite; the model is then untouched.
     """
-    source, tensors, digest, frontend = _read(model.config, str(path_or_name))
+    source, tensors, digest, frontend = _read(model.config, str(path_or_name), own_reader)
     report = LoadReport(source, digest, frontend=frontend)
     tensors = _to_our_names(tensors, source, report)
     state = model.state_dict()
@@ -127,7 +129,7 @@ def _grid_of(patches, config):
 
 # --- where the tensors come from ---
 
-def _read(config, name):
+def _read(config, name, own_reader):
     """-> (name to print, tensors by their names in the source, sha256, front end or None)"""
     if name == "imagenet":
         return _imagenet(config)
@@ -137,7 +139,7 @@ def _read(config, name):
     if not path.is_file():
         raise WeightsError(f"--weights {name}: no such file; give {', '.join(NAMES)}, none, or the path of a "
                            ".pth, .safetensors or .pt file")
-    tensors, frontend = _load_file(path, name)
+    tensors, frontend = _load_file(path, name, own_reader)
     if name == "audioset":
         digest = AUDIOSET["sha256"]
     else:
@@ -145,14 +147,15 @@ def _read(config, name):
     return name, tensors, digest, frontend
 
 
-def _load_file(path, name):
+def _load_file(path, name, own_reader):
     with open(path, "rb") as file:
         head = file.read(9)
     try:
         if head[8:9] == b"{":  # safetensors: 8 bytes of length, then JSON
             from safetensors.torch import load_file
             return load_file(path), None
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of TorchScript in the zip, before the error
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise WeightsError(f"--weights {name}: holds pickled Python objects, which are never run; convert it to "
                            ".safetensors, or save its state_dict alone") from None
@@ -161,10 +164,12 @@ def _load_file(path, name):
                            f"({' '.join(str(error).split())[:120]})") from None
     frontend = None
     if isinstance(state, dict) and state.get("format") == "warble":
+        state = own_reader(path) if own_reader else state
         frontend, state = state.get("frontend"), state.get("ema") or state.get("model")
     elif isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
-    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()) or not state:
+    if not isinstance(state, dict) or not state or not all(isinstance(key, str) and torch.is_tensor(value)
+                                                           for key, value in state.items()):
         raise WeightsError(f"--weights {name}: not a state dict; save model.state_dict() with torch.save")
     return state, frontend
 
