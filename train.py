@@ -308,6 +308,7 @@ def main(argv=None):
     print("\n".join(notes), end="\n" * bool(notes))
     if state is not None:
         args = stored_flags(args, given, state, run_dir)
+        device = pick_device(args.device, ranks.local_rank)
     same_device = state is not None and state["device"] == device.type
     precision = ranks.once(lambda: choose_precision(device, state["amp"] if same_device else args.amp)).on(device)
     print(f"device: {device}, {precision.name} ({precision.reason})" + f", {ranks.size} processes" * (ranks.size > 1))
@@ -354,17 +355,20 @@ def main(argv=None):
     steps_per_epoch = -(-len(rows["train"]) // args.effective_batch)
     total_steps, warmup_steps = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
     lag = 1 if device.type == "cuda" else 0  # results of a step are read so many steps later: the GPU is never waited for
-    schedule = RelativeSchedule(optimizer, warmup_steps, total_steps, args.schedule, args.min_lr_ratio, device if lag else None)
-    augment = Augment(args.freq_mask, args.time_mask, args.specaug_p, args.mixup_alpha, args.mixup_p, args.shift_p, args.seed)
+    schedule = RelativeSchedule(optimizer, warmup_steps, total_steps, args.schedule, args.min_lr_ratio,
+                                device if lag else None)
+    augment = Augment(args.freq_mask, args.time_mask, args.specaug_p, args.mixup_alpha, args.mixup_p, args.shift_p,
+                      args.seed)
     t = Training(model, frontend, augment, build_loss(**loss).to(device), optimizer, schedule, precision,
                  args.clip_grad or float("inf"), ranks=ranks)
     if args.batch_size == "auto":
         args.batch_size = find_batch_size(t, args.effective_batch, samples)
-    print(f"step: {args.effective_batch // args.batch_size} x {args.batch_size} = {args.effective_batch} clips, "
+    micro_batches = args.effective_batch // args.batch_size
+    print(f"step: {micro_batches} x {args.batch_size} = {args.effective_batch} clips, "
           f"{steps_per_epoch} steps an epoch, {warmup_steps} of {total_steps} steps warm-up, then {args.schedule}")
-    if args.effective_batch // args.batch_size < ranks.size:
-        print(f"  {ranks.size} processes share {args.effective_batch // args.batch_size} micro-batches a step, the others wait: "
-              "lower --batch-size or raise --effective-batch")
+    if micro_batches < ranks.size:
+        print(f"  {ranks.size} processes share {micro_batches} micro-batches a step, some wait: lower --batch-size or raise "
+              "--effective-batch")
     curves = [(group["name"], [group["initial_lr"] * schedule.factor(step) for step in range(total_steps)])
               for group in optimizer.param_groups]
     for group, (name, lrs) in zip(optimizer.param_groups, curves, strict=True):
@@ -492,7 +496,7 @@ def main(argv=None):
         event("rollback", f"to epoch {progress.best_epoch}, all LRs x {schedule.scale:g} from here on")
 
     # the loop
-    stop.armed = True
+    stop.armed, epoch = True, progress.epoch - 1  # of the last epoch done, where there is none left to do
     for epoch in range(progress.epoch, args.epochs):
         if progress.stale >= args.patience:
             print(f"early stop: {args.patience} epochs without a better {args.monitor}")

@@ -89,7 +89,8 @@ def hub_weights(tmp_path):
                                               intermediate_size=768, num_labels=5))
     torch.nn.init.normal_(net.audio_spectrogram_transformer.layernorm.weight)
     net.save_pretrained(tmp_path)
-    return (tmp_path / "model.safetensors").read_bytes(), net.audio_spectrogram_transformer.layernorm.weight.double().sum().item()
+    norm = net.audio_spectrogram_transformer.layernorm.weight.double().sum().item()
+    return (tmp_path / "model.safetensors").read_bytes(), norm
 
 
 def test_audioset_is_fetched_checked_and_kept(hub, tmp_path):

@@ -155,8 +155,8 @@ def test_another_seed_gives_another_run(untouched, tones, tmp_path, monkeypatch)
 @pytest.mark.parametrize("kills", [3, pytest.param(200, marks=pytest.mark.long)])
 def test_killed_at_random_moments(kills, tones, tmp_path):
     """SIGKILL again and again: weights, history and per-step losses as in a run that was never touched."""
-    done = subprocess.run([*KILL, "--kills", str(kills), "--folder", tmp_path, "--data", tones, *TINY, "--epochs", "6", "--save-every", "1"],
-                          capture_output=True, text=True, timeout=3000)
+    done = subprocess.run([*KILL, "--kills", str(kills), "--folder", tmp_path, "--data", tones, *TINY, "--epochs", "6",
+                           "--save-every", "1"], capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{kills} kills" in done.stdout and "equal" in done.stdout
     assert rows(tmp_path / "untouched" / "steps.csv")
