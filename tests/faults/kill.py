@@ -9,6 +9,7 @@ or most would fall into the start of the program. Exit code 1 where any run diff
 """
 import argparse
 import contextlib
+import multiprocessing
 import os
 import random
 import shutil
@@ -65,27 +66,35 @@ def life(flags, folder, log, seconds=None, in_loop=False, break_resume=False):
         time.sleep(0.002)
 
 
+def outcome_of(folder):
+    """`outcome`, in a process of its own: this one must not start torch's threads, which a fork would not have."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(outcome, (folder,))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--moments", type=int, default=0, help="seed of the random moments")
+    parser.add_argument("--within", type=float, default=1.0, help="each life is at most this share of a whole run; small "
+                        "for many kills of one run")
     parser.add_argument("--folder", type=Path, default=Path("runs/kill"))
     parser.add_argument("--break-resume", action="store_true", help="lose the place in the epoch: must be found out")
     args, flags = parser.parse_known_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     rng, log = random.Random(args.moments), args.folder / "output.txt"
     _, whole, loop = life(flags, args.folder / "untouched", log)
-    reference = outcome(args.folder / "untouched")
+    reference = outcome_of(args.folder / "untouched")
     print(f"untouched: {len(reference['steps'])} steps in {whole:.1f} s, weights {reference['weights'][:16]}", flush=True)
     kills, runs, different = 0, 0, 0
     while kills < args.kills or runs == 0:
         folder, here, ended = args.folder / f"killed{runs}", 0, False
         while not ended:
             in_loop = kills % 2 == 0
-            seconds = rng.uniform(0, loop if in_loop else whole) if kills < args.kills else None
+            seconds = args.within * rng.uniform(0, loop if in_loop else whole) if kills < args.kills else None
             ended, *_ = life(flags, folder, log, seconds, in_loop, args.break_resume)
             kills, here = kills + (not ended), here + (not ended)
-        found = outcome(folder)
+        found = outcome_of(folder)
         differing = [key for key in reference if found[key] != reference[key]]
         runs, different = runs + 1, different + bool(differing)
         print(f"killed {here} times: weights {found['weights'][:16]}, {len(found['steps'])} steps: "
