@@ -22,6 +22,7 @@ import torch
 from harness import TINY, calm, program, rows
 
 import core.checkpoint
+import core.run
 import evaluate
 import train
 from conftest import ROOT
@@ -498,6 +499,30 @@ def test_no_space_at_every_operation(tmp_path):
         save(folder, 3)
         assert number(load_checkpoint(folder / "best.pt")) == 3
     assert names == {"open", "write", "flush", "close", "fsync", "link", "replace", "unlink"}
+
+
+def test_a_plain_save_loses_the_old_checkpoint_on_a_full_disk(tmp_path):
+    """The control."""
+    path = tmp_path / "last.pt"
+    torch.save(numbered(1), path)
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        with contextlib.suppress(OSError, RuntimeError):
+            torch.save(numbered(2), path)
+    in_a_child(work)
+    with pytest.raises(CheckpointError):
+        load_checkpoint(path)
+
+
+def test_without_the_lock_two_processes_hold_one_folder(tmp_path, monkeypatch):
+    """The control: the lock is what refuses the second."""
+    with open(tmp_path / ".lock", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(core.run.RunError, match="another run"):
+            core.run.lock_run(tmp_path)
+        monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+        core.run.lock_run(tmp_path)
 
 
 @pytest.mark.parametrize("operation", ["write", "fsync"])

@@ -113,6 +113,18 @@ def test_the_schedule_waits_for_a_step_that_the_scaler_skips(tones, tmp_path, mo
     check_rates(steps, {int(row["step"]) for row in rows(tmp_path / "run" / "events.csv")})
 
 
+def test_a_schedule_that_does_not_wait_is_seen(tones, tmp_path, monkeypatch):
+    """The control: it steps whatever happened."""
+    def prepare(patch):
+        real = RelativeSchedule.step
+        patch.setattr(RelativeSchedule, "step", lambda self, happened=True: real(self))
+        patch.setattr(train, "choose_precision", lambda *_: Scaled(init_scale=2.0**126))
+    assert program(monkeypatch, tmp_path, "--max-skips", 50, data=tones, prepare=prepare) == 0
+    with pytest.raises(AssertionError):
+        check_rates(rows(tmp_path / "run" / "steps.csv"),
+                    {int(row["step"]) for row in rows(tmp_path / "run" / "events.csv")})
+
+
 def test_rates_on_the_device_are_the_same_as_numbers():
     """The form that a GPU uses, step count and rates as tensors, here on the CPU, with steps that did not happen."""
     def rates(device):

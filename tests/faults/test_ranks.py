@@ -86,9 +86,28 @@ def seventeen(tones):
     return manifest.take(np.arange(48)[::3][:17].tolist() + [1])
 
 
+def share(n, rank, ranks):
+    return np.arange(n)[rank::ranks]
+
+
+def padded_share(n, rank, ranks):
+    """As the usual distributed sampler does it: every rank the same number, the first rows twice."""
+    return np.arange(-(-n // ranks) * ranks)[rank::ranks] % n
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_evaluation_has_every_clip_once(ranks, seventeen):
     """N clips in batches of any size over any number of ranks, against one clip at a time; clips have 2 or 3 tiles."""
+    check_evaluation(ranks, seventeen, share)
+
+
+def test_evaluation_with_padded_shares_is_seen(seventeen):
+    """The control."""
+    with pytest.raises(AssertionError):
+        check_evaluation(2, seventeen, padded_share)
+
+
+def check_evaluation(ranks, seventeen, share):
     clips = Clips(seventeen, 16000, 6000)
     device = Precision(torch.device("cpu"), None, "")
     model, through = Fixed(), torch.nn.Identity()
@@ -102,7 +121,7 @@ def test_evaluation_has_every_clip_once(ranks, seventeen):
         for size in range(1, 7):
             parts = []
             for rank in range(ranks):
-                mine = np.arange(n)[rank::ranks]
+                mine = share(n, rank, ranks)
                 parts.append(evaluate.evaluate(model, through, evaluation_batches(clips, mine, size), seventeen, mine,
                                                CrossEntropy(), device))
             result = evaluate.Evaluation.merge(parts)

@@ -118,6 +118,12 @@ def test_a_signal_anywhere(where, signum, code, untouched, tones, tmp_path, monk
     assert outcome(tmp_path / "run") == untouched[0]
 
 
+def test_a_program_that_does_not_listen_goes_on(tones, tmp_path, monkeypatch):
+    """The control: signals are noted and nobody asks."""
+    deaf = lambda patch: patch.setattr(train.StopRequest, "__call__", lambda self: False)
+    assert program(monkeypatch, tmp_path, data=tones, prepare=both(signal_in("train_step", signal.SIGTERM), deaf)) == 0
+
+
 def test_a_signal_before_the_first_step_leaves_nothing_behind(tones, tmp_path, monkeypatch):
     assert program(monkeypatch, tmp_path, data=tones, prepare=signal_in("parameter_groups", signal.SIGTERM)) == 143
     assert not (tmp_path / "run").exists()
