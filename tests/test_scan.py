@@ -290,8 +290,12 @@ def test_an_interrupted_scan_keeps_what_it_saw(tmp_path, monkeypatch):
         return real(path)
 
     monkeypatch.setattr(data.scan, "check", check)
-    with pytest.raises(KeyboardInterrupt):
-        scan(manifest, index, True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            scan(manifest, index, True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(checked) < 60  # nothing more was begun
     monkeypatch.undo()
     found = scan(manifest, index, True)

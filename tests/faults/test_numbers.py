@@ -158,7 +158,6 @@ def test_rates_on_the_device_are_the_same_as_numbers():
     ([60, 62, 20], 300, 3),  # a collapse in one epoch
     ([30, 45, 52, 50, 49, 53, 52, 51], 300, None),  # the ups and downs of a good run
     ([70, 60, 55, 70], 40, None),  # few clips: noise
-    ([100, 75, 62.5], 8, None),  # 8 of 8, then 5 of 8
     ([100, 75, 25], 8, 3),
     ([10, 12, 8, 5], 60, None),  # at chance there is nothing to fall from
     ([50, 40, 45, 38, 44, 36], 300, None),  # low but not falling away
