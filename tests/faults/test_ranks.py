@@ -222,4 +222,5 @@ def test_a_signal_to_one_process_stops_all_with_one_checkpoint(tones, tmp_path):
     assert "torchrun --nproc-per-node 2 train.py --resume --run-dir run" in out
     state = load_checkpoint(tmp_path / "run" / "last.pt")
     assert len(rows(tmp_path / "run" / "steps.csv")) == state["progress"]["step"] > 6
-    assert out.count("exitcode  : 143") == 2
+    codes = re.findall(r"exitcode +: (-?\d+)", out)  # torchrun ends the one that is not gone yet when the other is
+    assert "143" in codes and set(codes) <= {"143", "-15"}
