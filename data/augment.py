@@ -3,7 +3,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.special import betaincinv
 
 from .draws import MIX, SHIFT, SPECAUGMENT, uniform
 
@@ -45,6 +44,8 @@ class Augment:
         """
         if self.mixup_alpha == 0 or len(wave) < 2:
             return wave, target
+        from scipy.special import betaincinv  # half a second, which --help need not wait for
+
         u = uniform(self.seed, epoch, clips, MIX, 2)  # (B, 2)
         share = betaincinv(self.mixup_alpha, self.mixup_alpha, u[:, 0])  # of the clip itself
         share = np.where(u[:, 1] < self.mixup_p, np.maximum(share, 1 - share), 1.0)

@@ -65,11 +65,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):  # (B, N, dim)
+    def forward(self, x, first=None):  # (B, N, dim) -> (B, first, dim): of the first tokens alone, by default of all
         B, N, dim = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, dim / heads)
-        return self.proj(x.transpose(1, 2).reshape(B, N, dim))
+        if first is None:
+            q, k, v = self.qkv(x).view(B, N, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        else:
+            weight, bias = self.qkv.weight.split((dim, 2 * dim)), self.qkv.bias.split((dim, 2 * dim))
+            q = F.linear(x[:, :first], weight[0], bias[0]).view(B, first, self.heads, dim // self.heads).transpose(1, 2)
+            k, v = F.linear(x, weight[1], bias[1]).view(B, N, 2, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N or first, dim / heads)
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -93,8 +98,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
         self.mlp = MLP(config.dim, int(config.dim * config.mlp_ratio))
 
-    def forward(self, x, noise=None):  # x (B, N, dim), noise (B, 2) in [0, 1) or None
-        x = x + self._keep(self.attn(self.norm1(x)), noise, 0)
+    def forward(self, x, noise=None, first=None):
+        """x (B, N, dim), noise (B, 2) in [0, 1) or None -> (B, N, dim), or (B, first, dim) where only the first
+        tokens are wanted, which attend to all."""
+        x = x[:, :first] + self._keep(self.attn(self.norm1(x), first), noise, 0)
         return x + self._keep(self.mlp(self.norm2(x)), noise, 1)
 
     def _keep(self, branch, noise, which):
@@ -149,12 +156,12 @@ class AST(nn.Module):
         x = torch.cat([tokens, x], dim=1) + positions
         for i, block in enumerate(self.blocks):
             part = None if noise is None else noise[:, 2 * i:2 * i + 2]
+            first = 2 if i == len(self.blocks) - 1 else None  # of the last block only cls and dist are used further
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, part, use_reentrant=False)
+                x = checkpoint(block, x, part, first, use_reentrant=False)
             else:
-                x = block(x, part)
-        x = self.norm(x[:, :2])  # only these two tokens are used further
-        return x.mean(dim=1)
+                x = block(x, part, first)
+        return self.norm(x).mean(dim=1)
 
     def _check(self, x):
         n_mels, patch = self.config.n_mels, self.config.patch

@@ -1,0 +1,168 @@
+"""Clips per second of forward, backward and accumulated optimiser step, side by side on the same spectrograms.
+
+    pip install -r bench/requirements.txt
+    python bench/train_step.py --frames 173 --micro-batch 4 --micro-batches 8 --rounds 5
+
+Sides: this project's own train_step; the hub's implementation (transformers) at the native length, with the same
+accumulation, precision and fused AdamW; the same driven as its Trainer does it (loss by the model, clipping, a
+scheduler step, the loss read every step); a plain timm ViT with as many tokens; and, with --earlier, the hub's fed as
+in the system that this one replaces: padded to 1024 frames, float32 where there is no CUDA. Random weights: values
+do not change the time.
+"""
+import argparse
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from common import in_turn, matrix_rate, report, spread
+from transformers import ASTConfig as HubConfig
+from transformers import ASTForAudioClassification
+
+import train
+from core.precision import choose_precision, pick_device
+from data.augment import Augment
+from data.clips import Batch
+from losses import CrossEntropy
+from model.ast import AST, ASTConfig
+from model.groups import parameter_groups
+from sched import RelativeSchedule
+
+CLASSES = 50
+SIZES = {"base": (768, 12, 12), "small": (384, 12, 6), "tiny": (192, 12, 3)}
+
+
+class Through(torch.nn.Module):
+    """Lets the spectrogram through where the front end would be."""
+
+    def forward(self, spec):
+        return spec
+
+    def silence(self, spec):
+        return spec
+
+
+def ours(specs, target, size, precision):
+    dim, depth, heads = SIZES[size]
+    model = AST(ASTConfig(CLASSES, dim=dim, depth=depth, heads=heads)).to(precision.device).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 5e-5, 1e-3, 0.01), fused=True)
+    schedule = RelativeSchedule(optimizer, 0, 10**4, device=precision.device if precision.device.type == "cuda" else None)
+    t = train.Training(model, Through(), Augment(), CrossEntropy(), optimizer, schedule, precision, 1.0)
+    window = [Batch(spec, target, np.arange(len(spec)), []) for spec in specs]
+    return lambda: train.train_step(t, window, 0)
+
+
+def accumulated(model, specs, target, precision, logits_of):
+    """The ordinary accumulation loop around any model."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.01, fused=True)
+
+    def step():
+        for spec in specs:
+            with precision.autocast():
+                logits = logits_of(model, spec)
+            (F.cross_entropy(logits.float(), target) / len(specs)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def hub_model(size, frames, device):
+    dim, depth, heads = SIZES[size]
+    config = HubConfig(hidden_size=dim, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4 * dim,
+                       max_length=frames, num_mel_bins=128, num_labels=CLASSES, hidden_dropout_prob=0.0,
+                       attention_probs_dropout_prob=0.0, attn_implementation="sdpa")
+    return ASTForAudioClassification(config).to(device).train()
+
+
+def hub(specs, target, size, precision):
+    model = hub_model(size, specs[0].shape[2], precision.device)
+    turned = [spec.transpose(1, 2).contiguous() for spec in specs]
+    return accumulated(model, turned, target, precision, lambda model, spec: model(input_values=spec).logits)
+
+
+def hub_as_its_trainer(specs, target, size, precision):
+    model = hub_model(size, specs[0].shape[2], precision.device)
+    turned = [spec.transpose(1, 2).contiguous() for spec in specs]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.01, fused=True)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+    def step():
+        total = 0.0
+        for spec in turned:
+            with precision.autocast():
+                loss = model(input_values=spec, labels=target).loss / len(turned)
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rates.step()
+        optimizer.zero_grad()
+        return total
+    return step
+
+
+def earlier(specs, target, size, precision):
+    padded = [F.pad(spec, (0, 1024 - spec.shape[2])) for spec in specs]
+    return hub(padded, target, size, precision if precision.device.type == "cuda" else choose_precision(precision.device, "off"))
+
+
+def plain_vit(specs, target, size, precision):
+    rows, columns = (128 - 16) // 10 + 1, (specs[0].shape[2] - 16) // 10 + 1
+    model = timm.create_model(f"vit_{size}_patch16_224", img_size=(16 * rows, 16 * columns), in_chans=1, num_classes=CLASSES)
+    images = [torch.randn(len(spec), 1, 16 * rows, 16 * columns, device=precision.device) for spec in specs]
+    return accumulated(model.to(precision.device).train(), images, target, precision, lambda model, image: model(image))
+
+
+def operations(size, tokens):
+    """Forward and backward of a clip: three times the products of the forward pass, two operations each."""
+    dim, depth, _ = SIZES[size]
+    return 3 * 2 * depth * (12 * dim * dim * tokens + 2 * dim * tokens * tokens) + 3 * 2 * 256 * dim * tokens
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", default="base", choices=SIZES)
+    parser.add_argument("--frames", type=int, default=173)
+    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--micro-batches", type=int, default=8, help="in a step")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--earlier", action="store_true", help="with the earlier system's way, which takes minutes a step")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"))
+    parser.add_argument("--out", default="bench/results/train_step.jsonl")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    precision = choose_precision(device, args.amp)
+    torch.manual_seed(0)
+    specs = [torch.randn(args.micro_batch, 128, args.frames, device=device) for _ in range(args.micro_batches)]
+    target = torch.randint(CLASSES, (args.micro_batch,), device=device)
+    makers = {"this project": ours, "hub": hub, "hub, as its Trainer": hub_as_its_trainer, "plain timm ViT": plain_vit}
+    if args.earlier:
+        makers["hub, padded to 1024 (earlier system)"] = earlier
+    sides = {name: make(specs, target, args.size, precision) for name, make in makers.items()}
+    times = in_turn(sides, args.rounds, device)
+    memory = {}
+    if device.type == "cuda":
+        for name, work in sides.items():
+            torch.cuda.reset_peak_memory_stats()
+            work()
+            memory[name] = torch.cuda.max_memory_allocated() / 2**30  # with the weights and moments of all sides
+    clips = args.micro_batch * args.micro_batches
+    tokens = ((128 - 16) // 10 + 1) * ((args.frames - 16) // 10 + 1) + 2
+    rate = matrix_rate(device, precision.dtype or torch.float32, rows=args.micro_batch * tokens)
+    floor = rate / operations(args.size, tokens)
+    rows = []
+    for name, seconds in times.items():
+        speed, ratio = spread([clips / s for s in seconds]), spread([s / o for s, o in zip(seconds, times["this project"])])
+        rows.append([name, f"{speed[0]:.2f} ({speed[1]:.2f} to {speed[2]:.2f})", f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})",
+                     f"{memory[name]:.2f}" if memory else "-"])
+    report("train_step", vars(args) | {"precision": precision.name, "tokens": tokens},
+           ["side", "clips/s, median (range)", "this project is faster by", "peak GiB"], rows,
+           [f"{precision.name}, {tokens} tokens, {args.micro_batches} x {args.micro_batch} clips a step, {args.rounds} rounds in "
+            f"turn; matrix products reach {rate / 1e12:.3f} TFLOP/s here: floor {floor:.2f} clips/s, of which this project "
+            f"uses {clips / spread(times['this project'])[0] / floor:.0%}"], device, args.out)
+
+
+if __name__ == "__main__":
+    main()
