@@ -64,5 +64,6 @@ def report(name, settings, columns, rows, notes, device, out):
             if Path("/proc/cpuinfo").exists() else platform.processor()
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         with open(out, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"benchmark": name, "date": time.strftime("%Y-%m-%d %H:%M"), "cpu": cpu, **describe_machine(device),
-                                   "settings": settings, "columns": columns, "rows": rows, "notes": notes}) + "\n")
+            file.write(json.dumps({
+                "benchmark": name, "date": time.strftime("%Y-%m-%d %H:%M"), "cpu": cpu, **describe_machine(device),
+                "settings": settings, "columns": columns, "rows": rows, "notes": notes}) + "\n")

@@ -29,7 +29,8 @@ def main():
     device = pick_device(args.device)
     generator = torch.Generator().manual_seed(0)
     logmel, fbank = LogMel().to(device), Fbank().to(device)
-    mel = torchaudio.transforms.MelSpectrogram(22050, 2048, hop_length=512, n_mels=128, norm="slaney", mel_scale="slaney").to(device)
+    mel = torchaudio.transforms.MelSpectrogram(22050, 2048, hop_length=512, n_mels=128, norm="slaney",
+                                               mel_scale="slaney").to(device)
     decibel = torchaudio.transforms.AmplitudeToDB(top_db=80).to(device)
     extractor = ASTFeatureExtractor(max_length=398)
     rows = []

@@ -78,9 +78,10 @@ def main():
         rows.append([count, f"{first['ready']:.2f}", f"{second['ready']:.2f}", f"{second['held'] / count:.0f}",
                      f"{(second['grown'] - second['strings']) / count:.0f}", f"{1000 * second['step']:.1f}"])
         print(f"{count} done", file=sys.stderr)
-    report("scale", {"counts": args.counts}, ["clips", "first start, s", "from the index, s", "manifest, bytes a clip beyond "
-           "its strings", "peak growth, bytes a clip", "ms to load a step of 32"], rows,
-           ["headers only; imports not included; the peak is of the scan, what stays is the manifest"], torch.device("cpu"), args.out)
+    columns = ["clips", "first start, s", "from the index, s", "manifest, bytes a clip beyond its strings",
+               "peak growth, bytes a clip", "ms to load a step of 32"]
+    report("scale", {"counts": args.counts}, columns, rows, ["headers only; imports not included; the peak is of the scan, "
+           "what stays is the manifest"], torch.device("cpu"), args.out)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,9 @@ def hub_as_its_trainer(specs, target, size, precision):
 
 def earlier(specs, target, size, precision):
     padded = [F.pad(spec, (0, 1024 - spec.shape[2])) for spec in specs]
-    return hub(padded, target, size, precision if precision.device.type == "cuda" else choose_precision(precision.device, "off"))
+    if precision.device.type != "cuda":
+        precision = choose_precision(precision.device, "off")
+    return hub(padded, target, size, precision)
 
 
 def plain_vit(specs, target, size, precision):
@@ -154,9 +156,10 @@ def main():
     floor = rate / operations(args.size, tokens)
     rows = []
     for name, seconds in times.items():
-        speed, ratio = spread([clips / s for s in seconds]), spread([s / o for s, o in zip(seconds, times["this project"])])
-        rows.append([name, f"{speed[0]:.2f} ({speed[1]:.2f} to {speed[2]:.2f})", f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})",
-                     f"{memory[name]:.2f}" if memory else "-"])
+        speed = spread([clips / s for s in seconds])
+        ratio = spread([s / own for s, own in zip(seconds, times["this project"], strict=True)])
+        rows.append([name, f"{speed[0]:.2f} ({speed[1]:.2f} to {speed[2]:.2f})",
+                     f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})", f"{memory[name]:.2f}" if memory else "-"])
     report("train_step", vars(args) | {"precision": precision.name, "tokens": tokens},
            ["side", "clips/s, median (range)", "this project is faster by", "peak GiB"], rows,
            [f"{precision.name}, {tokens} tokens, {args.micro_batches} x {args.micro_batch} clips a step, {args.rounds} rounds in "
