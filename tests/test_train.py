@@ -298,24 +298,27 @@ class DoubleFocal(torch.nn.Module):
         return -(target.double() * weights * (1 - p) ** 2 * p.log()).sum(1)
 
 
-def gradients(sizes, normalise=None):
+def cut(wave, target, sizes):
+    """Clips -> a window of micro-batches of these sizes."""
+    window, first = [], 0
+    for size in sizes:
+        at = slice(first, first + size)
+        window.append(Batch(wave[at], target[at], np.arange(len(wave))[at], []))
+        first += size
+    return window
+
+
+def gradients(sizes):
     """Gradients of one train_step in float64 over the same 8 clips cut into micro-batches of these sizes."""
     torch.manual_seed(0)
     model = AST(ASTConfig(3, dim=16, depth=2, heads=2, n_mels=32, time_patches=4, drop_path=0.3)).double().train()
     wave = torch.randn(8, 32 * 40, dtype=torch.float64)
-    target = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
-    window, first = [], 0
-    for size in sizes:
-        at = slice(first, first + size)
-        window.append(Batch(wave[at], target[at], np.arange(8)[at], []))
-        first += size
+    window = cut(wave, torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]), sizes)
     optimizer = torch.optim.SGD(parameter_groups(model, 0.0, 0.0, 0.0), lr=0.0)
     seen = {}
     optimizer.register_step_pre_hook(lambda *_: seen.update({n: p.grad.clone() for n, p in model.named_parameters()}))
     t = train.Training(model, Through(), Augment(freq_mask=4, time_mask=4, specaug_p=1.0), DoubleFocal(), optimizer,
                        RelativeSchedule(optimizer, 0, 10), Precision(torch.device("cpu"), None, ""), float("inf"))
-    if normalise:
-        window = normalise(window)
     train.train_step(t, window, epoch=3)
     return seen
 

@@ -8,18 +8,16 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
-import numpy as np
 import torch
 
 import train
 from core.distributed import Ranks
 from core.precision import Precision
 from data.augment import Augment
-from data.clips import Batch
 from model.ast import AST, ASTConfig
 from model.groups import parameter_groups
 from sched import RelativeSchedule
-from test_train import DoubleFocal, Through
+from test_train import DoubleFocal, Through, cut
 
 
 def step(ranks, sizes, poison=None):
@@ -31,11 +29,7 @@ def step(ranks, sizes, poison=None):
     target = torch.rand(8, 3, dtype=torch.float64, generator=generator).softmax(1)
     if poison is not None:
         wave[poison] = float("nan")
-    window, first = [], 0
-    for size in sizes:
-        at = slice(first, first + size)
-        window.append(Batch(wave[at], target[at], np.arange(8)[at], []))
-        first += size
+    window = cut(wave, target, sizes)
     optimizer = torch.optim.SGD(parameter_groups(model, 0.0, 0.0, 0.0), lr=0.0)
     seen = {}
     optimizer.register_step_pre_hook(lambda *_: seen.update({n: p.grad.clone() for n, p in model.named_parameters()}))

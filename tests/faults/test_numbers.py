@@ -12,11 +12,10 @@ from core.guard import diverged
 from core.memory import OutOfMemory, Pieces, largest_batch, ran_out
 from core.precision import Precision
 from data.augment import Augment
-from data.clips import Batch
 from model.ast import AST, ASTConfig
 from model.groups import parameter_groups
 from sched import RelativeSchedule
-from test_train import DoubleFocal, Through
+from test_train import DoubleFocal, Through, cut
 
 
 # --- not finite (fault 8)
@@ -281,8 +280,7 @@ class Bomb(torch.autograd.Function):
 def window():
     generator = torch.Generator().manual_seed(1)
     wave = torch.randn(8, 32 * 40, dtype=torch.float64, generator=generator)
-    target = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
-    return [Batch(wave[:5], target[:5], np.arange(5), []), Batch(wave[5:], target[5:], np.arange(5, 8), [])]
+    return cut(wave, torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]), (5, 3))
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
@@ -353,31 +351,28 @@ def test_the_largest_batch_that_fits():
         largest_batch([1], lambda size: (_ for _ in ()).throw(RuntimeError("other")), torch.device("cpu"))
 
 
-def test_batch_size_auto_keeps_the_effective_batch(tones, tmp_path, monkeypatch):
+def memory_for(fits):
+    """-> prepare: more than so many clips at once are too much to train on."""
     def prepare(patch):
         real = AST.forward
 
         def forward(self, spec, noise=None):
-            if len(spec) > 3 and self.training:
+            if len(spec) > fits and self.training:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return real(self, spec, noise)
         patch.setattr(AST, "forward", forward)
-    assert program(monkeypatch, tmp_path, "--batch-size", "auto", data=tones, prepare=prepare) == 0
+    return prepare
+
+
+def test_batch_size_auto_keeps_the_effective_batch(tones, tmp_path, monkeypatch):
+    assert program(monkeypatch, tmp_path, "--batch-size", "auto", data=tones, prepare=memory_for(3)) == 0
     state = load_checkpoint(tmp_path / "run" / "last.pt")
     assert state["flags"]["batch_size"] == 3 and state["flags"]["effective_batch"] == 6
     assert {row["clips"] for row in rows(tmp_path / "run" / "steps.csv")} == {"6", "3"} and state["piece"] is None
 
 
 def test_the_smaller_size_is_kept_when_a_run_is_continued(tones, tmp_path, monkeypatch, capsys):
-    def prepare(patch):
-        real = AST.forward
-
-        def forward(self, spec, noise=None):
-            if len(spec) > 1 and self.training:
-                raise torch.OutOfMemoryError("CUDA out of memory.")
-            return real(self, spec, noise)
-        patch.setattr(AST, "forward", forward)
-    assert program(monkeypatch, tmp_path, data=tones, prepare=prepare) == 0
+    assert program(monkeypatch, tmp_path, data=tones, prepare=memory_for(1)) == 0
     assert capsys.readouterr().out.count("out of memory") == 1
     assert load_checkpoint(tmp_path / "run" / "last.pt")["piece"] == 1
     assert outcome(tmp_path / "run")["schedule"]["steps"] == 12
