@@ -21,8 +21,10 @@ from core.guard import NumbersError
 from core.metrics import confusion, evaluate_scores, per_class
 from core.precision import DeviceError, choose_precision, pick_device
 from core.run import RunError, newest_run, write_json
+from data.cache import WaveCache
 from data.clips import Clips, evaluation_batches
 from data.manifest import SPLITS, DataError, Manifest, load_manifest
+from data.prepare import cache_folder
 from data.scan import scan
 from losses import build_loss
 from model.ast import AST, ASTConfig
@@ -242,7 +244,9 @@ def main(argv=None):
     manifest, rows, split, notes = evaluation_data(state, args.data, args.audio_dir, args.split)
     print("\n".join(notes))
     with reading(path):
-        clips = Clips(manifest, frontend.config.sample_rate, state["clip"]["samples"], state["clip"]["short"])
+        cached = state["flags"].get("cache", "off") != "off"
+        cache = WaveCache(cache_folder(state["flags"]["cache_dir"]) / "audio", frontend.config.sample_rate) if cached else None
+        clips = Clips(manifest, frontend.config.sample_rate, state["clip"]["samples"], state["clip"]["short"], cache=cache)
         loss_fn = build_loss(**state["loss"]).to(device)
         loss_fn(torch.zeros(1, len(state["classes"]), device=device), torch.zeros(1, dtype=torch.long, device=device))
     batches = evaluation_batches(clips, rows, args.batch_size, args.workers, pin=device.type == "cuda")

@@ -31,10 +31,11 @@ from core.run import DISK_ERRORS, RunError, RunLog, create_run, describe_machine
 from core.signals import StopRequest
 from core.smoke import peak_memory_mb, smoke_test
 from data.augment import Augment
+from data.cache import CACHES, WaveCache, choose_cache
 from data.clips import Batch, Clips, TrainLoader, evaluation_batches
 from data.draws import DROP_PATH, uniform
 from data.manifest import DataError, Manifest
-from data.prepare import prepare
+from data.prepare import cache_folder, prepare
 from data.scan import write_bad_files
 from data.splits import split_hash, write_split
 from evaluate import Evaluation, evaluate, fail, restore, result_lines, write_results
@@ -59,7 +60,7 @@ RECIPES = {
 }
 # Flags that may differ when a run is resumed: they change where and how fast it runs, not what comes out.
 FREE_ON_RESUME = {"resume", "run_dir", "workers", "device", "tensorboard", "eval_batch_size", "save_every", "max_skips",
-                  "on_divergence", "max_bad_share"}
+                  "on_divergence", "max_bad_share", "cache_dir"}
 ROLLBACK_FACTOR, MOST_ROLLBACKS = 0.5, 5
 
 
@@ -79,6 +80,9 @@ def parse(argv=None, source=""):
     add("--short", default="repeat", choices=("repeat", "pad"), help="what becomes of clips shorter than that")
     add("--workers", type=int, default=-1, help="processes that decode (-1: one per core, at most 8, with a GPU; 0 "
         "without)")
+    add("--cache", default="auto", choices=CACHES, help="decoded audio, rounded to 16 bits of its scale: in files, in "
+        "memory, on the GPU, or not kept; auto: on the GPU, else on the disk, where a quarter or half of it is enough")
+    add("--cache-dir", help="folder of the cache and of the scan index (default: ~/.cache/warble)")
     add = parser.add_argument_group("model").add_argument
     add("--weights", default="audioset", help="audioset, imagenet, none, or a .pth, .safetensors or .pt file")
     add("--size", default="base", choices=("tiny", "small", "base"), help="AST size")
@@ -316,7 +320,7 @@ def main(argv=None):
     # data
     if state is None:
         manifest, bad_files = ranks.once(lambda: prepare(args.data, args.audio_dir, args.fold, args.min_clips,
-                                                         args.max_bad_share, args.scan, args.seed))
+                                                         args.max_bad_share, args.scan, args.seed, args.cache_dir))
     else:
         with reading(state.path):
             manifest = Manifest.from_dict(state["manifest"])
@@ -377,6 +381,13 @@ def main(argv=None):
 
     # batches
     clips = Clips(manifest, frontend.config.sample_rate, samples, args.short, args.seed)
+    cache = WaveCache(cache_folder(args.cache_dir) / "audio", clips.rate)
+    args.cache, why = ranks.once(lambda: choose_cache(args.cache, clips.bytes, clips.longest, device, cache.folder))
+    print(f"cache: {args.cache} ({why})")
+    if args.cache != "off":
+        clips.cache = cache
+    if args.cache in ("ram", "device") and not args.smoke:
+        clips.reside(device if args.cache == "device" else torch.device("cpu"), show=ranks.first and sys.stderr.isatty())
     workers = args.workers if args.workers >= 0 else min(8, torch.get_num_threads()) if device.type == "cuda" else 0
     loading = {"workers": workers, "pin": device.type == "cuda"}
     loader = TrainLoader(clips, rows["train"], args.batch_size, args.effective_batch, args.seed, **loading)
@@ -496,6 +507,7 @@ def main(argv=None):
         event("rollback", f"to epoch {progress.best_epoch}, all LRs x {schedule.scale:g} from here on")
 
     # the loop
+    troubles = set()  # with the cache, said once each
     stop.armed, epoch = True, progress.epoch - 1  # of the last epoch done, where there is none left to do
     for epoch in range(progress.epoch, args.epochs):
         if progress.stale >= args.patience:
@@ -511,6 +523,9 @@ def main(argv=None):
             window = [batch for batch in window if len(batch.rows)]
             n, n_broken, stopping, due = ranks.total(sum(len(batch.rows) for batch in window), len(broken), int(stop()),
                                                      int(ranks.first and timer.due(progress.step)))
+            for trouble in {batch.trouble for batch in window} - troubles - {None}:
+                troubles.add(trouble)
+                event("cache", trouble)
             if n_broken:
                 leave_out(broken)
             if stopping:

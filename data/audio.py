@@ -134,6 +134,16 @@ def length_at(info, rate):
     return max(1, info.frames * rate // info.rate)
 
 
+def stretch(total, start, length, rate):
+    """First and last sample (excluded) of a stretch of a recording of `total` samples at `rate`; length None goes to
+    the end. Raises AudioError where it is not in there, but for the 10 ms that a time in seconds may be rounded by."""
+    if start >= total:
+        raise AudioError(f"ends at {total / rate:.2f} s, before the wanted start at {start / rate:.2f} s")
+    if length is not None and start + length > total + rate // 100:  # it has changed since it was scanned
+        raise AudioError(f"ends at {total / rate:.2f} s, before the wanted end at {(start + length) / rate:.2f} s")
+    return start, total if length is None else min(total, start + length)
+
+
 def read(path, rate, start=0, length=None):
     """Mono float32 samples of one file at `rate`.
 
@@ -146,12 +156,7 @@ def read(path, rate, start=0, length=None):
     """
     with _open(path) as file:
         source = file.samplerate
-        total = length_at(_info(file), rate)
-        stop = total if length is None else min(total, start + length)
-        if start >= total:
-            raise AudioError(f"ends at {total / rate:.2f} s, before the wanted start at {start / rate:.2f} s")
-        if length is not None and start + length > total + rate // 100:  # it has changed since it was scanned
-            raise AudioError(f"ends at {total / rate:.2f} s, before the wanted end at {(start + length) / rate:.2f} s")
+        start, stop = stretch(length_at(_info(file), rate), start, length, rate)
         # Cut where source and target samples coincide, so that the resampler meets the same phase.
         step = source // math.gcd(source, rate)
         margin = 0 if source == rate else 128 * max(1, source // rate)

@@ -3,13 +3,14 @@
 What a training clip sounds like depends on (seed, epoch, row) alone, and the order of an epoch on (seed,
 epoch), so neither the number of workers nor an interruption changes a run.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .audio import AudioError, fit, read, tile_starts
+from .cache import LONGEST, Resident
 from .draws import CROP, ORDER, uniform
 
 
@@ -19,50 +20,92 @@ class Batch:
     target: torch.Tensor  # (B,) class indices
     rows: np.ndarray  # (B,) row of each clip in the manifest
     broken: list  # [(row, reason)] of clips that could not be read and are not in the batch
+    trouble: str | None = None  # why decoded audio is not kept any more
+
+    def pin_memory(self):
+        """The same in page-locked memory, from which a GPU copies without the host waiting; DataLoader calls it."""
+        return replace(self, wave=self.wave.pin_memory(), target=self.target.pin_memory())
 
 
 class Clips(Dataset):
     """Waveforms of `samples` samples at `rate` Hz, by (row, start) with start in samples from the row's
     own beginning, or by (row, -1 - epoch) for the training crop of that epoch.
 
-    short: "repeat" or "pad", see audio.fit.
+    short: "repeat" or "pad", see audio.fit. cache: a WaveCache, or None to decode the wanted stretch each time.
     """
 
-    def __init__(self, manifest, rate, samples, short="repeat", seed=0):
+    def __init__(self, manifest, rate, samples, short="repeat", seed=0, cache=None):
         if short not in ("repeat", "pad"):
             raise ValueError(f"short is {short!r}: repeat or pad")
         self.manifest, self.rate, self.samples, self.short, self.seed = manifest, rate, samples, short, seed
+        self.cache, self.resident = cache, None
         self.begin = np.round(manifest.start.astype(np.float64) * rate).astype(np.int64)
         self.total = np.maximum(1, np.round(manifest.duration.astype(np.float64) * rate).astype(np.int64))
 
     def __len__(self):
         return len(self.manifest)
 
-    def crop_start(self, row, epoch):
-        """Start of the training crop: anywhere that it fits, another place each epoch."""
-        spare = max(0, self.total[row] - self.samples)
-        return int(uniform(self.seed, epoch, [row], CROP, 1)[0, 0] * (spare + 1))
+    def crop_start(self, rows, epoch):
+        """(n,) starts of the training crops of (n,) rows: anywhere that they fit, another place each epoch."""
+        spare = np.maximum(0, self.total[rows] - self.samples)
+        return (uniform(self.seed, epoch, rows, CROP, 1)[:, 0] * (spare + 1)).astype(np.int64)
 
     def tiles(self, row):
         return tile_starts(int(self.total[row]), self.samples)
 
-    def __getitem__(self, key):
-        row, start = key
-        if start < 0:
-            start = self.crop_start(row, -1 - start)
-        length = min(self.samples, int(self.total[row]) - start)
-        try:
-            wave = read(self.manifest.file(row), self.rate, int(self.begin[row]) + start, length)
-        except AudioError as error:
-            return row, None, str(error)
-        return row, fit(wave, self.samples, self.short), None
+    @property
+    def bytes(self):
+        """Of all clips as int16."""
+        return 2 * int(self.total.sum())
 
-    def collate(self, items):
-        good = [(row, wave) for row, wave, _ in items if wave is not None]
-        rows = np.array([row for row, _ in good], dtype=np.int64)
-        wave = np.stack([wave for _, wave in good]) if good else np.zeros((0, self.samples), np.float32)
-        return Batch(torch.from_numpy(wave), torch.from_numpy(self.manifest.labels[rows].astype(np.int64)), rows,
-                     [(row, reason) for row, wave, reason in items if wave is None])
+    @property
+    def longest(self):
+        """Seconds of the longest clip."""
+        return float(self.total.max(initial=0)) / self.rate
+
+    def reside(self, device, show=False):
+        """Decode every clip into one tensor on a device, from which `batch` cuts from now on."""
+        self.resident = Resident(len(self), lambda row: self.cache.read(
+            self.manifest.file(row), int(self.begin[row]), int(self.total[row])), device, show)
+
+    def batch(self, keys):
+        """A Batch of the keys (row, start) or (row, -1 - epoch)."""
+        rows, starts = np.array(keys, np.int64).reshape(-1, 2).T
+        for epoch in np.unique(-1 - starts[starts < 0]):
+            of_epoch = starts == -1 - epoch
+            starts[of_epoch] = self.crop_start(rows[of_epoch], int(epoch))
+        if self.resident is not None:
+            broken = [(row, self.resident.reasons[row]) for row in rows.tolist() if row in self.resident.reasons]
+            good = ~np.isin(rows, [row for row, _ in broken])
+            rows, starts = rows[good], starts[good]
+            wave = self.resident.cut(rows, starts, np.minimum(self.samples, self.total[rows] - starts), self.samples,
+                                     self.short)
+        else:
+            wave, good, broken = np.empty((len(rows), self.samples), np.float32), [], []
+            for row, start in zip(rows.tolist(), starts.tolist(), strict=True):
+                try:
+                    wave[len(good)] = fit(self._read(row, start), self.samples, self.short)
+                    good.append(row)
+                except AudioError as error:
+                    broken.append((row, str(error)))
+            rows, wave = np.array(good, np.int64), torch.from_numpy(wave[:len(good)])
+        return Batch(wave, torch.from_numpy(self.manifest.labels[rows].astype(np.int64)), rows, broken,
+                     self.cache and self.cache.trouble)
+
+    __getitems__ = batch  # what DataLoader asks for a batch of
+
+    def _read(self, row, start):
+        """At most `samples` samples, float32, of a row from `start` on."""
+        file, begin, total = self.manifest.file(row), int(self.begin[row]), int(self.total[row])
+        length = min(self.samples, total - start)
+        if self.cache is None or total > LONGEST * self.rate:
+            return read(file, self.rate, begin + start, length)
+        samples, scale = self.cache.read(file, begin, total, start, length)
+        return samples * np.float32(scale)
+
+
+def _same(batch):
+    return batch
 
 
 def epoch_order(rows, seed, epoch):
@@ -88,7 +131,7 @@ class TrainLoader:
         self.clips, self.rows, self.seed = clips, np.asarray(rows), seed
         self.batch_size, self.effective_batch = batch_size, effective_batch
         self._keys = []  # the loader reads this list anew for each epoch, its workers live on
-        self._loader = DataLoader(clips, batch_sampler=_Live(self._keys), collate_fn=clips.collate, num_workers=workers,
+        self._loader = DataLoader(clips, batch_sampler=_Live(self._keys), collate_fn=_same, num_workers=workers,
                                   pin_memory=pin, persistent_workers=workers > 0)
 
     @property
@@ -102,7 +145,7 @@ class TrainLoader:
         plan = epoch_windows(epoch_order(self.rows, self.seed, epoch), self.batch_size, self.effective_batch)[start:]
         plan = [window[rank::ranks] for window in plan]
         self._keys[:] = [[(row, -1 - epoch) for row in micro] for window in plan for micro in window]
-        batches = iter(self._loader)
+        batches = map(self.clips.batch, list(self._keys)) if self.clips.resident else iter(self._loader)
         for window in plan:
             yield [next(batches) for _ in window]
 
@@ -122,4 +165,6 @@ def evaluation_batches(clips, rows, batch_size, workers=0, pin=False):
     """Batches over every tile of every row, in order; a row's tiles may spread over two batches."""
     keys = [(int(row), start) for row in rows for start in clips.tiles(row)]
     batches = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
-    return DataLoader(clips, batch_sampler=batches, collate_fn=clips.collate, num_workers=workers, pin_memory=pin)
+    if clips.resident is not None:
+        return map(clips.batch, batches)
+    return DataLoader(clips, batch_sampler=batches, collate_fn=_same, num_workers=workers, pin_memory=pin)

@@ -9,15 +9,21 @@ from .scan import scan, summary
 from .splits import assign_splits, audit, drop_rare
 
 DEMO = Path(__file__).parents[1] / "demo_data"
-INDEX = Path.home() / ".cache" / "warble" / "scan"
 DECODE_ALL_UP_TO = 5000  # files; above, only headers are read before training
 
 
-def prepare(data, audio_dir=None, fold=None, min_clips=1, max_bad_share=0.05, how="auto", seed=0, say=print):
+def cache_folder(name=None):
+    """Where what can be made again is kept: the folder of that name, or the usual one."""
+    return Path(name) if name else Path.home() / ".cache" / "warble"
+
+
+def prepare(data, audio_dir=None, fold=None, min_clips=1, max_bad_share=0.05, how="auto", seed=0, cache_dir=None,
+            say=print):
     """Find, scan, clean and split the recordings.
 
     data: "demo", class folders, a CSV or a known layout; how: "full" decodes every file once, "headers" does
-    not, "auto" does up to 5,000 files; `say` gets each line for the person.
+    not, "auto" does up to 5,000 files; cache_dir: see `cache_folder`, the scan is remembered there; `say` gets each line
+    for the person.
     Returns (manifest of the readable clips, [(path, reason)] of the others). Raises DataError.
     """
     if data == "demo":
@@ -25,7 +31,7 @@ def prepare(data, audio_dir=None, fold=None, min_clips=1, max_bad_share=0.05, ho
             "  python train.py --data FOLDER_OR_CSV --warmup-epochs 0 --batch-size 4")
         data = write_demo(DEMO)
     manifest = load_manifest(data, audio_dir)
-    seen = scan(manifest, INDEX, full=how == "full" or how == "auto" and len(manifest) <= DECODE_ALL_UP_TO)
+    seen = scan(manifest, cache_folder(cache_dir) / "scan", full=how == "full" or how == "auto" and len(manifest) <= DECODE_ALL_UP_TO)
     _say(say, f"data: {manifest.root}", manifest.notes + summary(seen, manifest))
     bad = [(manifest.paths[row], reason) for row, reason in sorted(seen.reasons.items())]
     if len(bad) > max_bad_share * len(manifest):

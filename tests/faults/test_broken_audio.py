@@ -18,6 +18,7 @@ import soundfile as sf
 import data.prepare
 from conftest import tone
 from data.audio import AudioError, check, read
+from data.cache import WaveCache
 from data.clips import Clips, TrainLoader, evaluation_batches
 from data.manifest import DataError
 from data.scan import write_bad_files
@@ -157,11 +158,16 @@ def noise(path, seconds=0.3, seed=0, channels=1, rate=RATE, **how):
     return path
 
 
+def heard(clips, row, start=0):
+    """(samples,) of one clip or None, and why not."""
+    batch = clips.batch([(row, start)])
+    return (None, batch.broken[0][1]) if batch.broken else (batch.wave[0].numpy(), None)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Two classes of 20 good files; the scan's memory is kept away from the home."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(data.prepare, "INDEX", tmp_path / "cache/scan")
     for c, name in enumerate(("a", "b")):
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(20):
@@ -248,7 +254,7 @@ def test_a_good_file_whose_name_is_not_utf8_is_used(folder):
     assert bad == [] and not any("broken" in line for line in said)
     row = manifest.paths.index("a/\udce9.wav")
     assert sum(row in manifest.rows(split) for split in ("train", "val", "test")) == 1
-    _, wave, reason = Clips(manifest, RATE, 4800)[row, 0]
+    wave, reason = heard(Clips(manifest, RATE, 4800), row)
     want = sf.read(os.fsencode(folder) + b"/a/\xe9.wav", dtype="float32")[0]
     assert reason is None and np.array_equal(wave, want)
 
@@ -257,7 +263,7 @@ def test_64_channels_are_used_as_their_mean(folder):
     noise(folder / "a/x.wav", channels=64, seed=999, subtype="FLOAT")
     manifest, bad = data.prepare.prepare(folder, say=lambda line: None)
     assert bad == []
-    _, wave, reason = Clips(manifest, RATE, 4800)[manifest.paths.index("a/x.wav"), 0]
+    wave, reason = heard(Clips(manifest, RATE, 4800), manifest.paths.index("a/x.wav"))
     want = sf.read(folder / "a/x.wav")[0].mean(axis=1)
     assert reason is None and np.abs(wave - want).max() < 1e-6
 
@@ -344,21 +350,22 @@ CHANGES = [vanish, become_text, become_empty, become_cut, become_nan, become_a_p
            become_shorter, become_a_blip]
 
 
+@pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("change, workers", [*((change, 0) for change in CHANGES), (vanish, 2)])
-def test_a_file_that_changes_is_named_and_not_replaced(folder, change, workers):
+def test_a_file_that_changes_is_named_and_not_replaced(folder, change, workers, cached, tmp_path):
     samples = 3200
     manifest, bad = data.prepare.prepare(folder, say=lambda line: None)
     assert bad == []
-    clips = Clips(manifest, RATE, samples, seed=5)
+    clips = Clips(manifest, RATE, samples, seed=5, cache=WaveCache(tmp_path / "audio", RATE) if cached else None)
     rows = np.arange(len(manifest))
     victim = 7
-    crops = {row: clips[row, -1][1] for row in rows}  # as they are before anything changes
-    tiles = {(row, start): clips[row, start][1] for row in rows for start in clips.tiles(row)}
+    crops = {row: heard(clips, row, -1)[0] for row in rows}  # as they are before anything changes
+    tiles = {(row, start): heard(clips, row, start)[0] for row in rows for start in clips.tiles(row)}
     assert all(len(clips.tiles(row)) == 2 for row in rows)
     change(manifest.root / manifest.paths[victim])
 
-    row, wave, reason = clips[victim, -1]
-    assert (row, wave) == (victim, None) and reason
+    wave, reason = heard(clips, victim, -1)
+    assert wave is None and reason
     batches = [batch for window in TrainLoader(clips, rows, 4, 8, seed=5, workers=workers).windows(0) for batch in window]
     broken = [pair for batch in batches for pair in batch.broken]
     assert [row for row, _ in broken] == [victim] and broken[0][1].strip()
@@ -372,10 +379,10 @@ def test_a_file_that_changes_is_named_and_not_replaced(folder, change, workers):
     batches = list(evaluation_batches(clips, rows, 4, workers=workers))
     broken = [pair for batch in batches for pair in batch.broken]
     assert [row for row, _ in broken] == [victim] * 2 and all(reason.strip() for _, reason in broken)
-    heard = [(row, wave) for batch in batches for row, wave in zip(batch.rows, batch.wave.numpy(), strict=True)]
+    pairs = [(row, wave) for batch in batches for row, wave in zip(batch.rows, batch.wave.numpy(), strict=True)]
     left = [(key, wave) for key, wave in tiles.items() if key[0] != victim]
-    assert [row for row, _ in heard] == [row for (row, _), _ in left]
-    assert all(np.array_equal(wave, want) for (_, wave), (_, want) in zip(heard, left, strict=True))
+    assert [row for row, _ in pairs] == [row for (row, _), _ in left]
+    assert all(np.array_equal(wave, want) for (_, wave), (_, want) in zip(pairs, left, strict=True))
 
 
 def test_a_batch_of_nothing_but_lost_files(folder):
