@@ -65,20 +65,22 @@ def evaluate(model, frontend, batches, manifest, rows, loss_fn, precision, stop=
     n_classes = model.config.n_classes
     scores, losses = np.zeros((len(rows), n_classes)), np.zeros(len(rows))
     tiles, broken = np.zeros(len(rows)), {}
-    for batch in tqdm(batches, desc=show, leave=False, disable=show is None or not sys.stderr.isatty(), unit="batch"):
-        if stop is not None and stop():
-            return None
-        broken.update(batch.broken)
-        if len(batch.rows) == 0:
-            continue
-        wave = batch.wave.to(precision.device, non_blocking=True)
-        with precision.autocast():
-            logits = model(frontend(wave))
-        loss = loss_fn(logits, batch.target.to(precision.device, non_blocking=True))
-        at = [index[row] for row in batch.rows.tolist()]
-        np.add.at(scores, at, logits.float().softmax(dim=1).cpu().double().numpy())
-        np.add.at(losses, at, loss.cpu().double().numpy())
-        np.add.at(tiles, at, 1)
+    bar = tqdm(batches, desc=show, leave=False, disable=show is None or not sys.stderr.isatty(), unit="batch")
+    with precision.window():
+        for batch in bar:
+            if stop is not None and stop():
+                return None
+            broken.update(batch.broken)
+            if len(batch.rows) == 0:
+                continue
+            wave = batch.wave.to(precision.device, non_blocking=True)
+            with precision.autocast():
+                logits = model(frontend(wave))
+            loss = loss_fn(logits, batch.target.to(precision.device, non_blocking=True))
+            at = [index[row] for row in batch.rows.tolist()]
+            np.add.at(scores, at, logits.float().softmax(dim=1).cpu().double().numpy())
+            np.add.at(losses, at, loss.cpu().double().numpy())
+            np.add.at(tiles, at, 1)
     keep = np.array([int(row) not in broken for row in rows], dtype=bool) & (tiles > 0)
     scores, losses = scores[keep] / tiles[keep, None], losses[keep] / tiles[keep]
     rows = np.asarray(rows)[keep]

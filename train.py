@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from core.checkpoint import CheckpointError, SaveTimer, link, load_checkpoint, reading, save_checkpoint
+from core.compiled import Compiled
 from core.distributed import Ranks, RanksError
 from core.guard import NumbersError, diverged
 from core.memory import OutOfMemory, Pieces, largest_batch, ran_out
@@ -134,6 +135,10 @@ def parse(argv=None, source=""):
     add("--seed", type=int, default=0, help="seed of everything random")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="mixed precision")
+    add("--compile", default="off", choices=("off", "default", "graphs"), help="torch.compile the model for micro-batches of "
+        "--batch-size; graphs: with CUDA graphs")
+    add("--plain", action="store_true", help="plain eager code for debugging: no cache, no compiled model, no fused "
+        "optimiser, weights cast for each micro-batch, the GPU waited for at each step")
     add("--tensorboard", action="store_true", help="write TensorBoard events into the run folder")
     add("--smoke", action="store_true", help="check data, model and speed in under two minutes, then stop")
 
@@ -167,6 +172,10 @@ def check_flags(parser, args, given):
     for name in ("max_bad_share", "min_lr_ratio", "specaug_p", "mixup_p", "shift_p", "label_smoothing", "drop_path"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"{flag(name)} {getattr(args, name)}: must lie in 0 to 1")
+    if args.plain:
+        if args.compile != "off" or given.get("cache", "off") != "off":
+            parser.error("--plain: goes without --compile and --cache; leave them out")
+        args.cache = "off"
     if args.effective_batch % size:
         parser.error(f"--effective-batch {args.effective_batch}: not a multiple of --batch-size {size}; use "
                      f"{micro_batches * size}")
@@ -213,6 +222,13 @@ class Training:
     clip_grad: float
     pieces: Pieces = field(default_factory=Pieces)
     ranks: Ranks = field(default_factory=Ranks)
+    compiled: Compiled | None = None
+
+    def forward(self, spec, noise):
+        return (self.compiled or self.model)(spec, noise)
+
+    def zero_grad(self):
+        self.optimizer.zero_grad(set_to_none=not (self.compiled and self.compiled.graphs))
 
 
 @torch.no_grad()
@@ -238,17 +254,18 @@ def accumulate(t, window, epoch, clips):
     """Forward and backward over this rank's micro-batches of a window of `clips` clips: adds up the gradient of
     the mean loss over the window. Returns the sum of (loss, correct clips) and [(rows, loss per clip)]."""
     sums, losses = torch.zeros(2, device=t.precision.device), []
-    for batch in window:
-        spec, target = model_input(t, batch, epoch)
-        noise = drop_path_noise(t, batch, epoch)
-        for piece in t.pieces(len(spec)):  # the whole micro-batch, unless memory ran out before
-            with t.precision.autocast():
-                logits = t.model(spec[piece], None if noise is None else noise[piece])
-            loss = t.loss_fn(logits, target[piece])  # per clip, float32
-            t.precision.scaler.scale(loss.sum() / clips).backward()
-            right = logits.argmax(dim=1) == target[piece].argmax(dim=1)
-            sums = sums + torch.stack([loss.detach().sum(), right.sum()]).float()
-            losses.append((batch.rows[piece], loss.detach()))
+    with t.precision.window():
+        for batch in window:
+            spec, target = model_input(t, batch, epoch)
+            noise = drop_path_noise(t, batch, epoch)
+            for piece in t.pieces(len(spec)):  # the whole micro-batch, unless memory ran out before
+                with t.precision.autocast():
+                    logits = t.forward(spec[piece], None if noise is None else noise[piece])
+                loss = t.loss_fn(logits, target[piece])  # per clip, float32
+                t.precision.scaler.scale(loss.sum() / clips).backward()
+                right = logits.argmax(dim=1) == target[piece].argmax(dim=1)
+                sums = sums + torch.stack([loss.detach().sum(), right.sum()]).float()
+                losses.append((batch.rows[piece], loss.detach()))
     return sums, losses
 
 
@@ -267,7 +284,7 @@ def train_step(t, window, epoch, clips=None):
             if not ran_out(error):
                 raise
         if done is None:  # out of memory: again from the start in smaller pieces, with the same random numbers
-            t.optimizer.zero_grad(set_to_none=True)
+            t.zero_grad()
             t.pieces.halve(max(len(batch.rows) for batch in window))
     sums, losses = done
     t.ranks.sum_gradients(t.model.parameters())
@@ -281,7 +298,7 @@ def train_step(t, window, epoch, clips=None):
     if fused or finite:
         scaler.step(t.optimizer)
     scaler.update()
-    t.optimizer.zero_grad(set_to_none=True)
+    t.zero_grad()
     t.schedule.step(finite)
     return torch.stack([loss_sum, correct, grad_norm, finite, scale]), losses
 
@@ -314,7 +331,7 @@ def main(argv=None):
         args = stored_flags(args, given, state, run_dir)
         device = pick_device(args.device, ranks.local_rank)
     same_device = state is not None and state["device"] == device.type
-    precision = ranks.once(lambda: choose_precision(device, state["amp"] if same_device else args.amp)).on(device)
+    precision = ranks.once(lambda: choose_precision(device, state["amp"] if same_device else args.amp)).on(device, args.plain)
     print(f"device: {device}, {precision.name} ({precision.reason})" + f", {ranks.size} processes" * (ranks.size > 1))
 
     # data
@@ -355,10 +372,11 @@ def main(argv=None):
     if alpha == "balanced":
         alpha = balanced_alpha(manifest.take(rows["train"]).counts()).tolist()
     loss = {"name": args.loss, "gamma": args.gamma, "alpha": alpha, "label_smoothing": args.label_smoothing}
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr_backbone, args.lr_head, args.weight_decay), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr_backbone, args.lr_head, args.weight_decay),
+                                  fused=not args.plain, foreach=False)
     steps_per_epoch = -(-len(rows["train"]) // args.effective_batch)
     total_steps, warmup_steps = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
-    lag = 1 if device.type == "cuda" else 0  # results of a step are read so many steps later: the GPU is never waited for
+    lag = 1 if device.type == "cuda" and not args.plain else 0  # results of a step are read so many steps later: the GPU is never waited for
     schedule = RelativeSchedule(optimizer, warmup_steps, total_steps, args.schedule, args.min_lr_ratio,
                                 device if lag else None)
     augment = Augment(args.freq_mask, args.time_mask, args.specaug_p, args.mixup_alpha, args.mixup_p, args.shift_p,
@@ -367,6 +385,8 @@ def main(argv=None):
                  args.clip_grad or float("inf"), ranks=ranks)
     if args.batch_size == "auto":
         args.batch_size = find_batch_size(t, args.effective_batch, samples)
+    if args.compile != "off":
+        compile_model(t, args.batch_size, samples, args.compile == "graphs")
     micro_batches = args.effective_batch // args.batch_size
     print(f"step: {micro_batches} x {args.batch_size} = {args.effective_batch} clips, "
           f"{steps_per_epoch} steps an epoch, {warmup_steps} of {total_steps} steps warm-up, then {args.schedule}")
@@ -610,21 +630,37 @@ def group_lrs(optimizer):
     return {"lr_backbone": lrs.get("backbone", 0.0), "lr_head": lrs.get("head", 0.0)}
 
 
+def attempt(t, size, samples):
+    """Forward and backward of a micro-batch of silence, to see whether it can be done."""
+    try:
+        accumulate(t, [Batch(torch.zeros(size, samples), torch.zeros(size, dtype=torch.long), np.arange(size), [])], 0, size)
+    finally:
+        t.zero_grad()
+
+
+def compile_model(t, size, samples, graphs):
+    """Compile the model for micro-batches of `size` clips, and say so, or why it stays as it is."""
+    started = time.perf_counter()
+    t.compiled = Compiled(t.model, size, graphs)
+    t.model.train()
+    try:
+        for _ in range(3 if graphs else 1):  # graphs are recorded after a warm-up
+            attempt(t, size, samples)
+        print(f"compiled for micro-batches of {size} in {time.perf_counter() - started:.0f} s")
+    except Exception as error:  # no compiler, no Triton, a model that it cannot do: in a hundred ways
+        t.compiled = None
+        t.zero_grad()
+        print(f"not compiled, the run goes on without: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
+
+
 def find_batch_size(t, effective_batch, samples):
     """The largest micro-batch, a divisor of the effective batch, whose forward and backward pass fits."""
     share = -(-effective_batch // t.ranks.size)
     sizes = [size for size in range(1, share + 1) if effective_batch % size == 0]
     moments = [torch.empty_like(p) for p in t.model.parameters() for _ in range(2)]  # AdamW's, which come later
 
-    def attempt(size):
-        batch = Batch(torch.zeros(size, samples), torch.zeros(size, dtype=torch.long), np.arange(size), [])
-        try:
-            accumulate(t, [batch], 0, size)
-        finally:
-            t.optimizer.zero_grad(set_to_none=True)
-
     t.model.train()
-    found = min(t.ranks.gather(largest_batch(sizes, attempt, t.precision.device)))
+    found = min(t.ranks.gather(largest_batch(sizes, lambda size: attempt(t, size, samples), t.precision.device)))
     del moments
     print(f"--batch-size auto: {found} clips fit at once")
     return found

@@ -40,19 +40,27 @@ class Precision:
     device: torch.device
     dtype: torch.dtype | None
     reason: str
+    cast_once: bool = True
 
     @cached_property
     def scaler(self):
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
-    def on(self, device):
-        """The same on another device of the kind."""
-        return replace(self, device=device)
+    def on(self, device, plain=False):
+        """The same on another device of the kind; plain: weights are cast for each micro-batch."""
+        return replace(self, device=device, cast_once=not plain)
 
     def autocast(self):
         if self.dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+    def window(self):
+        """Around all the micro-batches of a step: autocast keeps its copies of the weights until the outermost region
+        ends, so they are cast once and not for each micro-batch. Nothing is cast in here outside of `autocast()`."""
+        if self.dtype is None or not self.cast_once:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype, enabled=False)
 
     @property
     def name(self):
