@@ -34,7 +34,7 @@ from core.smoke import peak_memory_mb, smoke_test
 from data.augment import Augment
 from data.cache import CACHES, WaveCache, choose_cache
 from data.clips import Batch, Clips, TrainLoader, evaluation_batches
-from data.draws import DROP_PATH, uniform
+from data.draws import DROP_PATH, PATCHOUT, uniform
 from data.manifest import DataError, Manifest
 from data.prepare import cache_folder, prepare
 from data.scan import write_bad_files
@@ -122,6 +122,7 @@ def parse(argv=None, source=""):
     add("--specaug-p", type=float, default=0.8, help="SpecAugment: probability per clip")
     add("--mixup-alpha", type=float, default=0.0, help="MixUp: Beta(alpha, alpha); 0 is off")
     add("--mixup-p", type=float, default=0.6, help="MixUp: probability per clip")
+    add("--patchout", type=float, default=0.0, help="share of each clip's patches left out: faster, and changes training")
     add("--shift-p", type=float, default=0.0, help="circular shift in time: probability per clip")
     add = parser.add_argument_group("run").add_argument
     add("--run-dir", help="folder of this run (default: runs/<time>-<data>)")
@@ -169,7 +170,7 @@ def check_flags(parser, args, given):
     for name, low in at_least:
         if not getattr(args, name) >= low:
             parser.error(f"{flag(name)} {getattr(args, name)}: must be at least {low}")
-    for name in ("max_bad_share", "min_lr_ratio", "specaug_p", "mixup_p", "shift_p", "label_smoothing", "drop_path"):
+    for name in ("max_bad_share", "min_lr_ratio", "specaug_p", "mixup_p", "shift_p", "label_smoothing", "drop_path", "patchout"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"{flag(name)} {getattr(args, name)}: must lie in 0 to 1")
     if args.plain:
@@ -222,10 +223,11 @@ class Training:
     clip_grad: float
     pieces: Pieces = field(default_factory=Pieces)
     ranks: Ranks = field(default_factory=Ranks)
+    patchout: float = 0.0
     compiled: Compiled | None = None
 
-    def forward(self, spec, noise):
-        return (self.compiled or self.model)(spec, noise)
+    def forward(self, spec, noise, kept):
+        return (self.compiled or self.model)(spec, noise, kept)
 
     def zero_grad(self):
         self.optimizer.zero_grad(set_to_none=not (self.compiled and self.compiled.graphs))
@@ -242,12 +244,18 @@ def model_input(t, batch, epoch):
     return t.augment.spec_augment(spec, t.frontend.silence(spec), epoch, batch.rows), target
 
 
-def drop_path_noise(t, batch, epoch):
-    config = t.model.config
-    if config.drop_path == 0:
-        return None
-    noise = uniform(t.augment.seed, epoch, batch.rows, DROP_PATH, 2 * config.depth)
-    return torch.as_tensor(noise, dtype=torch.float32).to(t.precision.device, non_blocking=True)
+def model_draws(t, batch, epoch, frames):
+    """What the model draws at random for the clips of a batch: (noise (B, 2 * depth) for drop-path or None, kept (B, k)
+    patches or None)."""
+    config, noise, kept = t.model.config, None, None
+    if config.drop_path > 0:
+        noise = torch.from_numpy(uniform(t.augment.seed, epoch, batch.rows, DROP_PATH, 2 * config.depth)).float()
+        noise = noise.to(t.precision.device, non_blocking=True)
+    if t.patchout > 0:
+        n = math.prod(config.patches(frames))
+        order = uniform(t.augment.seed, epoch, batch.rows, PATCHOUT, n).argsort(axis=1)[:, :max(1, round(n * (1 - t.patchout)))]
+        kept = torch.from_numpy(np.sort(order, axis=1)).to(t.precision.device, non_blocking=True)
+    return noise, kept
 
 
 def accumulate(t, window, epoch, clips):
@@ -257,10 +265,10 @@ def accumulate(t, window, epoch, clips):
     with t.precision.window():
         for batch in window:
             spec, target = model_input(t, batch, epoch)
-            noise = drop_path_noise(t, batch, epoch)
+            draws = model_draws(t, batch, epoch, spec.shape[2])
             for piece in t.pieces(len(spec)):  # the whole micro-batch, unless memory ran out before
                 with t.precision.autocast():
-                    logits = t.forward(spec[piece], None if noise is None else noise[piece])
+                    logits = t.forward(spec[piece], *(None if draw is None else draw[piece] for draw in draws))
                 loss = t.loss_fn(logits, target[piece])  # per clip, float32
                 t.precision.scaler.scale(loss.sum() / clips).backward()
                 right = logits.argmax(dim=1) == target[piece].argmax(dim=1)
@@ -382,7 +390,7 @@ def main(argv=None):
     augment = Augment(args.freq_mask, args.time_mask, args.specaug_p, args.mixup_alpha, args.mixup_p, args.shift_p,
                       args.seed)
     t = Training(model, frontend, augment, build_loss(**loss).to(device), optimizer, schedule, precision,
-                 args.clip_grad or float("inf"), ranks=ranks)
+                 args.clip_grad or float("inf"), ranks=ranks, patchout=args.patchout)
     if args.batch_size == "auto":
         args.batch_size = find_batch_size(t, args.effective_batch, samples)
     if args.compile != "off":

@@ -24,8 +24,7 @@ def in_turn(sides, rounds, device):
             wait(device)
             if number:
                 times[name].append(time.perf_counter() - started)
-            print(f"\rround {number}/{rounds}: {name:<40}", end="", file=sys.stderr, flush=True)
-    print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
+        print(f"round {number}/{rounds} done", file=sys.stderr, flush=True)
     return times
 
 

@@ -3,13 +3,18 @@
     pip install -r bench/requirements.txt
     python bench/train_step.py --frames 173 --micro-batch 4 --micro-batches 8 --rounds 5
 
-Sides: this project's own train_step; the hub's implementation (transformers) at the native length, with the same
-accumulation, precision and fused AdamW; the same driven as its Trainer does it (loss by the model, clipping, a
-scheduler step, the loss read every step); a plain timm ViT with as many tokens; and, with --earlier, the hub's fed as
-in the system that this one replaces: padded to 1024 frames, float32 where there is no CUDA. Random weights: values
-do not change the time.
+Sides: this project's own train_step; the same with the window in one micro-batch; the hub's implementation
+(transformers) at the native length, with the same accumulation, precision and fused AdamW; the same driven as its
+Trainer does it (loss by the model, clipping, a scheduler step, the loss read every step); a plain timm ViT with as
+many tokens; with --compile, this project's compiled; with --earlier, the hub's fed as in the system that this one
+replaces: padded to 1024 frames, float32 where there is no CUDA. Random weights: values do not change the time. Peak
+memory is of a process of its own for each side.
 """
 import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import timm
@@ -20,7 +25,9 @@ from transformers import ASTConfig as HubConfig
 from transformers import ASTForAudioClassification
 
 import train
-from core.precision import choose_precision, pick_device
+from core.compiled import Compiled
+from core.precision import Precision, choose_precision, pick_device
+from core.smoke import peak_memory_mb
 from data.augment import Augment
 from data.clips import Batch
 from losses import CrossEntropy
@@ -42,14 +49,40 @@ class Through(torch.nn.Module):
         return spec
 
 
-def ours(specs, target, size, precision):
+@dataclass
+class Side:
+    """What is timed: a whole step, and forward or forward and backward of one micro-batch."""
+    step: Callable
+    model: Callable
+    spec: torch.Tensor
+    target: torch.Tensor
+    precision: Precision
+    logits_of: Callable = staticmethod(lambda model, spec: model(spec))
+
+    def forward(self):
+        with self.precision.autocast():
+            return self.logits_of(self.model, self.spec)
+
+    def both(self):
+        F.cross_entropy(self.forward().float(), self.target).backward()
+        self.model.zero_grad(set_to_none=True)
+
+
+def ours(specs, target, size, precision, compiled=None, patchout=0.0):
     dim, depth, heads = SIZES[size]
     model = AST(ASTConfig(CLASSES, dim=dim, depth=depth, heads=heads)).to(precision.device).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, 5e-5, 1e-3, 0.01), fused=True)
     schedule = RelativeSchedule(optimizer, 0, 10**4, device=precision.device if precision.device.type == "cuda" else None)
-    t = train.Training(model, Through(), Augment(), CrossEntropy(), optimizer, schedule, precision, 1.0)
+    t = train.Training(model, Through(), Augment(), CrossEntropy(), optimizer, schedule, precision, 1.0,
+                       patchout=patchout)
+    if compiled:
+        t.compiled = Compiled(model, len(specs[0]), compiled == "graphs")
     window = [Batch(spec, target, np.arange(len(spec)), []) for spec in specs]
-    return lambda: train.train_step(t, window, 0)
+    return Side(lambda: train.train_step(t, window, 0), t.compiled or model, specs[0], target, precision)
+
+
+def ours_at_once(specs, target, size, precision):
+    return ours([torch.cat(specs)], target.repeat(len(specs)), size, precision)
 
 
 def accumulated(model, specs, target, precision, logits_of):
@@ -64,7 +97,7 @@ def accumulated(model, specs, target, precision, logits_of):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return step
+    return Side(step, model, specs[0], target, precision, logits_of)
 
 
 def hub_model(size, frames, device):
@@ -99,7 +132,7 @@ def hub_as_its_trainer(specs, target, size, precision):
         rates.step()
         optimizer.zero_grad()
         return total
-    return step
+    return Side(step, model, turned[0], target, precision, lambda model, spec: model(input_values=spec, labels=target).logits)
 
 
 def earlier(specs, target, size, precision):
@@ -122,6 +155,26 @@ def operations(size, tokens):
     return 3 * 2 * depth * (12 * dim * dim * tokens + 2 * dim * tokens * tokens) + 3 * 2 * 256 * dim * tokens
 
 
+def makers(args):
+    found = {"this project": ours}
+    if args.micro_batches > 1:
+        found[f"this project, {args.micro_batches * args.micro_batch} at once"] = ours_at_once
+    if args.compile:
+        found[f"this project, compiled ({args.compile})"] = lambda *how: ours(*how, compiled=args.compile)
+    if args.patchout:
+        found[f"this project, --patchout {args.patchout}"] = lambda *how: ours(*how, patchout=args.patchout)
+    found |= {"hub": hub, "hub, as its Trainer": hub_as_its_trainer, "plain timm ViT": plain_vit}
+    if args.earlier:
+        found["hub, padded to 1024 (earlier system)"] = earlier
+    return found
+
+
+def peak_memory(name):
+    """MiB of a fresh process that takes two steps of one side alone."""
+    out = subprocess.run([sys.executable, *sys.argv, "--memory-of", name], capture_output=True, text=True, check=True).stdout
+    return float(out.split()[-1])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", default="base", choices=SIZES)
@@ -130,8 +183,11 @@ def main():
     parser.add_argument("--micro-batches", type=int, default=8, help="in a step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--earlier", action="store_true", help="with the earlier system's way, which takes minutes a step")
+    parser.add_argument("--compile", choices=("default", "graphs"), help="with this project's compiled, as train.py --compile")
+    parser.add_argument("--patchout", type=float, help="with this share of the patches left out, which changes training")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"))
+    parser.add_argument("--memory-of", metavar="SIDE", help=argparse.SUPPRESS)
     parser.add_argument("--out", default="bench/results/train_step.jsonl")
     args = parser.parse_args()
     device = pick_device(args.device)
@@ -139,32 +195,34 @@ def main():
     torch.manual_seed(0)
     specs = [torch.randn(args.micro_batch, 128, args.frames, device=device) for _ in range(args.micro_batches)]
     target = torch.randint(CLASSES, (args.micro_batch,), device=device)
-    makers = {"this project": ours, "hub": hub, "hub, as its Trainer": hub_as_its_trainer, "plain timm ViT": plain_vit}
-    if args.earlier:
-        makers["hub, padded to 1024 (earlier system)"] = earlier
-    sides = {name: make(specs, target, args.size, precision) for name, make in makers.items()}
-    times = in_turn(sides, args.rounds, device)
-    memory = {}
-    if device.type == "cuda":
-        for name, work in sides.items():
-            torch.cuda.reset_peak_memory_stats()
-            work()
-            memory[name] = torch.cuda.max_memory_allocated() / 2**30  # with the weights and moments of all sides
+    if args.memory_of:
+        side = makers(args)[args.memory_of](specs, target, args.size, precision)
+        for _ in range(2):
+            side.step()
+        print(peak_memory_mb(device))
+        return
+    memory = {name: peak_memory(name) for name in makers(args)}
+    sides = {name: make(specs, target, args.size, precision) for name, make in makers(args).items()}
+    work = {(name, part): getattr(side, part) for name, side in sides.items() for part in ("step", "forward", "both")}
+    times = in_turn(work, args.rounds, device)
     clips = args.micro_batch * args.micro_batches
     tokens = ((128 - 16) // 10 + 1) * ((args.frames - 16) // 10 + 1) + 2
     rate = matrix_rate(device, precision.dtype or torch.float32, rows=args.micro_batch * tokens)
     floor = rate / operations(args.size, tokens)
     rows = []
-    for name, seconds in times.items():
-        speed = spread([clips / s for s in seconds])
-        ratio = spread([s / own for s, own in zip(seconds, times["this project"], strict=True)])
+    for name, side in sides.items():
+        speed = spread([clips / s for s in times[name, "step"]])
+        ratio = spread([s / own for s, own in zip(times[name, "step"], times["this project", "step"], strict=True)])
+        forward, both = (1000 * spread(times[name, part])[0] / len(side.spec) for part in ("forward", "both"))
         rows.append([name, f"{speed[0]:.2f} ({speed[1]:.2f} to {speed[2]:.2f})",
-                     f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})", f"{memory[name]:.2f}" if memory else "-"])
+                     f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})", f"{forward:.1f}", f"{both - forward:.1f}",
+                     f"{memory[name]:,.0f}"])
     report("train_step", vars(args) | {"precision": precision.name, "tokens": tokens},
-           ["side", "clips/s, median (range)", "this project is faster by", "peak GiB"], rows,
+           ["side", "clips/s, median (range)", "this project is faster by", "forward, ms a clip", "backward, ms a clip",
+            "peak MiB"], rows,
            [f"{precision.name}, {tokens} tokens, {args.micro_batches} x {args.micro_batch} clips a step, {args.rounds} rounds in "
             f"turn; matrix products reach {rate / 1e12:.3f} TFLOP/s here: floor {floor:.2f} clips/s, of which this project "
-            f"uses {clips / spread(times['this project'])[0] / floor:.0%}"], device, args.out)
+            f"uses {clips / spread(times['this project', 'step'])[0] / floor:.0%}"], device, args.out)
 
 
 if __name__ == "__main__":

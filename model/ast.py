@@ -117,6 +117,7 @@ class AST(nn.Module):
     In training with drop-path, `noise` (B, 2 * depth), uniform in [0, 1), decides for each clip which
     branches are dropped; the caller derives it from the clip, so that a clip is treated alike in any
     batch, on any rank and in a batch split in two. Without it, torch's own generator is drawn from.
+    `kept` (B, k) names the patches of each clip, row by row from 0, that take part; without it all do.
 
     Raises ValueError for an input of another shape, swapped axes first of all: they give the same number
     of tokens (12 x 101 = 101 x 12) and would train silently.
@@ -141,10 +142,10 @@ class AST(nn.Module):
         with torch.no_grad():  # learning where a patch lies from 2% noise costs a small data set many epochs
             self.pos_embed[0, 2:] = sincos_grid(rows, columns, dim)
 
-    def forward(self, x, noise=None):
-        return self.head(self.features(x, noise))
+    def forward(self, x, noise=None, kept=None):
+        return self.head(self.features(x, noise, kept))
 
-    def features(self, x, noise=None):
+    def features(self, x, noise=None, kept=None):
         """(B, n_mels, frames) -> (B, dim): the mean of the normed cls and distillation tokens."""
         self._check(x)
         if noise is None and self.training and self.config.drop_path > 0:
@@ -154,6 +155,8 @@ class AST(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # (B, rows * columns, dim)
         tokens = torch.cat([self.cls_token, self.dist_token], dim=1).expand(len(x), -1, -1)
         x = torch.cat([tokens, x], dim=1) + positions
+        if kept is not None:
+            x = torch.cat([x[:, :2], x[:, 2:].gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))], dim=1)
         for i, block in enumerate(self.blocks):
             part = None if noise is None else noise[:, 2 * i:2 * i + 2]
             first = 2 if i == len(self.blocks) - 1 else None  # of the last block only cls and dist are used further

@@ -210,6 +210,19 @@ def test_activation_checkpointing_changes_no_gradient():
         torch.testing.assert_close(a, b)
 
 
+def test_only_the_kept_patches_are_seen():
+    model = AST(ASTConfig(3, dim=32, depth=2, heads=2)).eval()
+    x = torch.randn(2, 128, 60, requires_grad=True)
+    everything = torch.arange(12 * 5).expand(2, -1)
+    torch.testing.assert_close(model(x, kept=everything), model(x))
+    kept = torch.tensor([[0, 7], [13, 59]])  # rows 0, 1 and 2, 11 of 12; columns 0, 2 and 3, 4 of 5
+    model(x, kept=kept).square().sum().backward()
+    wanted = torch.zeros(2, 128, 60, dtype=torch.bool)
+    for clip, row, column in ((0, 0, 0), (0, 1, 2), (1, 2, 3), (1, 11, 4)):
+        wanted[clip, 10 * row:10 * row + 16, 10 * column:10 * column + 16] = True
+    assert torch.equal(x.grad != 0, wanted)
+
+
 def test_every_parameter_is_in_exactly_one_group():
     model = AST(ASTConfig(3, dim=32, depth=2, heads=2))
     groups = parameter_groups(model, 5e-5, 1e-3, 0.01)

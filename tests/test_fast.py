@@ -115,7 +115,7 @@ def test_a_compilation_that_fails_is_said_and_the_run_goes_on(tones, tmp_path, m
 
 def test_only_full_training_micro_batches_are_compiled(monkeypatch):
     calls = []
-    monkeypatch.setattr(torch, "compile", lambda model, **how: lambda x, noise: calls.append(len(x)) or model(x, noise))
+    monkeypatch.setattr(torch, "compile", lambda model, **how: lambda x, *how: calls.append(len(x)) or model(x, *how))
     t, window = training()
     plain = train.train_step(*training(), 0)[0]
     t.compiled = Compiled(t.model, 2)

@@ -308,7 +308,7 @@ def cut(wave, target, sizes):
     return window
 
 
-def gradients(sizes):
+def gradients(sizes, patchout=0.0):
     """Gradients of one train_step in float64 over the same 8 clips cut into micro-batches of these sizes."""
     torch.manual_seed(0)
     model = AST(ASTConfig(3, dim=16, depth=2, heads=2, n_mels=32, time_patches=4, drop_path=0.3)).double().train()
@@ -318,14 +318,15 @@ def gradients(sizes):
     seen = {}
     optimizer.register_step_pre_hook(lambda *_: seen.update({n: p.grad.clone() for n, p in model.named_parameters()}))
     t = train.Training(model, Through(), Augment(freq_mask=4, time_mask=4, specaug_p=1.0), DoubleFocal(), optimizer,
-                       RelativeSchedule(optimizer, 0, 10), Precision(torch.device("cpu"), None, ""), float("inf"))
+                       RelativeSchedule(optimizer, 0, 10), Precision(torch.device("cpu"), None, ""), float("inf"), patchout=patchout)
     train.train_step(t, window, epoch=3)
     return seen
 
 
+@pytest.mark.parametrize("patchout", [0.0, 0.5])
 @pytest.mark.parametrize("sizes", [(4, 4), (3, 3, 2), (1,) * 8, (5, 2, 1)])
-def test_accumulation_gives_the_gradients_of_one_big_batch(sizes):
-    whole, parts = gradients((8,)), gradients(sizes)
+def test_accumulation_gives_the_gradients_of_one_big_batch(sizes, patchout):
+    whole, parts = gradients((8,), patchout), gradients(sizes, patchout)
     assert max(g.abs().max() for g in whole.values()) > 1e-3
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], atol=1e-10, rtol=1e-10)
