@@ -8,7 +8,6 @@ import math
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 
@@ -68,17 +67,19 @@ class LogMel(nn.Module):
         self.mel_hz = centres  # (n_mels,) centre frequencies
 
     def forward(self, wave):
-        with torch.autocast(wave.device.type, enabled=False):
-            c = self.config
-            spec = torch.stft(wave.float(), c.n_fft, c.hop_length, c.win_length, self.window, center=True,
-                              pad_mode="constant", return_complex=True)  # (B, n_fft / 2 + 1, frames)
-            power = spec.real.square() + spec.imag.square()
-            mel = torch.matmul(power.transpose(1, 2), self.bank).transpose(1, 2)  # (B, n_mels, frames)
-            db = 10 * mel.clamp(min=1e-10).log10()
-            peak = db.amax(dim=(1, 2), keepdim=True)  # each clip's own, so that its neighbours do not matter
-            db = (db - peak).clamp(min=-80.0)
-            centred = db - db.mean(dim=(1, 2), keepdim=True)
-            return centred / (centred.square().mean(dim=(1, 2), keepdim=True).sqrt() + 1e-6)
+        return _in_pieces(self._features, wave, self.config).transpose(1, 2)
+
+    def _features(self, wave):
+        """(B, samples) float32 -> (B, frames, n_mels)"""
+        c = self.config
+        spec = torch.stft(wave, c.n_fft, c.hop_length, c.win_length, self.window, center=True,
+                          pad_mode="constant", return_complex=True)  # (B, n_fft / 2 + 1, frames)
+        power = spec.real.square() + spec.imag.square()
+        db = 10 * torch.matmul(power.transpose(1, 2), self.bank).clamp(min=1e-10).log10()
+        peak = db.amax(dim=(1, 2), keepdim=True)  # each clip's own, so that its neighbours do not matter
+        db = (db - peak).clamp(min=-80.0)
+        centred = db - db.mean(dim=(1, 2), keepdim=True)
+        return centred / (centred.square().mean(dim=(1, 2), keepdim=True).sqrt() + 1e-6)
 
     def silence(self, spec):
         """What the quietest bin of each clip reads, (B, n_mels, frames) -> (B, 1, 1). Standardised per
@@ -106,16 +107,18 @@ class Fbank(nn.Module):
         self.mel_hz = centres
 
     def forward(self, wave):
-        with torch.autocast(wave.device.type, enabled=False):
-            c = self.config
-            frames = wave.float().unfold(1, c.win_length, c.hop_length)  # (B, frames, win_length)
-            frames = frames - frames.mean(dim=2, keepdim=True)
-            previous = F.pad(frames, (1, 0), mode="replicate")[..., :-1]
-            frames = (frames - 0.97 * previous) * self.window  # pre-emphasis, the first sample against itself
-            spec = torch.fft.rfft(frames, c.n_fft)
-            power = spec.real.square() + spec.imag.square()
-            mel = torch.matmul(power, self.bank).clamp(min=self.epsilon).log()  # (B, frames, n_mels)
-            return ((mel - self.mean) / (2 * self.std)).transpose(1, 2)
+        return _in_pieces(self._features, wave, self.config).transpose(1, 2)
+
+    def _features(self, wave):
+        """(B, samples) float32 -> (B, frames, n_mels)"""
+        c = self.config
+        frames = wave.unfold(1, c.win_length, c.hop_length)  # (B, frames, win_length)
+        frames = frames - frames.mean(dim=2, keepdim=True)
+        frames[..., 1:] -= 0.97 * frames[..., :-1]  # pre-emphasis; on the first sample the window is 0
+        spec = torch.fft.rfft(frames.mul_(self.window), c.n_fft)
+        power = spec.real.square() + spec.imag.square()
+        mel = torch.matmul(power, self.bank).clamp(min=self.epsilon).log()
+        return (mel - self.mean) / (2 * self.std)
 
     def silence(self, spec):
         """Digital silence after normalisation, -1.2776: (B, n_mels, frames) -> (B, 1, 1)."""
@@ -124,6 +127,19 @@ class Fbank(nn.Module):
 
 def build_frontend(config):
     return {"logmel": LogMel, "fbank": Fbank}[config.kind](config)
+
+
+def _in_pieces(features, wave, config):
+    """`features` of (B, samples) -> (B, frames, n_mels), in float32 whatever the autocast. A CPU takes a few clips
+    at a time: a whole batch's spectra do not fit its cache."""
+    with torch.autocast(wave.device.type, enabled=False):
+        wave = wave.float()
+        if wave.device.type != "cpu" and len(wave):  # no FFT takes an empty batch
+            return features(wave)
+        out = wave.new_empty(len(wave), config.frames(wave.shape[1]), config.n_mels)
+        for i in range(0, len(wave), 4):  # more fall out of the cache, fewer leave two cores waiting for each other
+            out[i:i + 4] = features(wave[i:i + 4])
+        return out
 
 
 def slaney_bank(config):

@@ -53,9 +53,25 @@ def test_shapes_of_a_4_second_clip():
 @pytest.mark.parametrize("kind", ["logmel", "fbank"])
 def test_a_clip_in_a_batch_equals_the_clip_alone(kind):
     frontend = build_frontend(FrontendConfig.of(kind))
-    wave = torch.randn(3, 40000) * torch.tensor([1.0, 1e-3, 0.3])[:, None]
-    for one, alone in zip(frontend(wave), wave, strict=True):
-        torch.testing.assert_close(one, frontend(alone[None])[0], atol=1e-5, rtol=1e-5)
+    wave = torch.randn(40, 40000) * torch.tensor([1.0, 1e-3, 0.3, 1e-5]).repeat(10)[:, None]
+    alone = torch.cat([frontend(clip[None]) for clip in wave])
+    for batch in (1, 7, 40):
+        torch.testing.assert_close(frontend(wave[:batch]), alone[:batch], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["logmel", "fbank"])
+def test_an_empty_batch(kind):
+    config = FrontendConfig.of(kind)
+    assert build_frontend(config)(torch.zeros(0, 40000)).shape == (0, 128, config.frames(40000))
+
+
+@pytest.mark.parametrize("kind", ["logmel", "fbank"])
+def test_the_gradient_reaches_the_waveform_and_the_waveform_stays(kind):
+    wave = torch.randn(3, 8000, requires_grad=True)
+    before = wave.detach().clone()
+    build_frontend(FrontendConfig.of(kind))(wave).square().sum().backward()
+    assert torch.isfinite(wave.grad).all() and (wave.grad != 0).any(dim=1).all()
+    assert torch.equal(wave, before)
 
 
 @pytest.mark.parametrize("kind", ["logmel", "fbank"])
