@@ -9,7 +9,9 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from sys import intern
 
 import numpy as np
 
@@ -175,7 +177,7 @@ def _from_folder(folder):
     if ignored:
         notes.append(f"left out: {sum(ignored.values())} files that are not audio ({kinds})")
     notes += [f"{name} is not read; give it as --data to use it" for name in names if suffix(name) == ".csv"]
-    labels = [path.split("/", 2)[split is not None] for path in found]
+    labels = [intern(path.split("/", 2)[split is not None]) for path in found]  # one string a class, not a clip
     return _build(folder.name, folder, found, labels, notes, split)
 
 
@@ -323,37 +325,52 @@ def _build(name, root, paths, labels, notes, split=None, fold=None, start=None, 
     """The manifest of these columns, sorted, so that it is the same in whatever order the rows came."""
     start = np.zeros(len(paths), np.float32) if start is None else start
     end = np.full(len(paths), np.nan, np.float32) if end is None else end
-    keys = list(zip(map(os.fsencode, paths), start.tolist(), np.nan_to_num(end, nan=-1).tolist()))
-    order = sorted(range(len(paths)), key=keys.__getitem__)
-    paths, labels = [paths[i] for i in order], [printable(labels[i]) for i in order]
-    classes = sorted(set(labels))
+    order = np.lexsort((np.nan_to_num(end, nan=-1), start)).tolist()
+    plain = all(map(str.isascii, paths))  # else by bytes, as bytes that are not UTF-8 have no place among characters
+    order.sort(key=paths.__getitem__ if plain else lambda i: os.fsencode(paths[i]))
+    paths, labels = [paths[i] for i in order], [labels[i] for i in order]
+    shown = {label: printable(label) for label in set(labels)}
+    classes = sorted(set(shown.values()))
     if len(classes) < 2:
         raise DataError("; ".join([f"--data {root}: only one class ({classes[0]}); give two or more, each a folder "
                                    "directly in --data or a label of its own", *notes]))
-    number = {label: i for i, label in enumerate(classes)}
-    labels = np.array([number[label] for label in labels], np.int32)
+    position = {name: i for i, name in enumerate(classes)}
+    labels = np.array([position[shown[label]] for label in labels], np.int32)
+    file_of = np.cumsum([False] + [one != other for one, other in pairwise(paths)], dtype=np.int32)  # they are sorted
     if group is None:
-        group, source = _groups_by_name(paths, labels, notes)
+        group, source = _groups_by_name(paths, file_of, labels, notes)
     else:  # an empty field says nothing; \0 is in no path
-        group = codes(group[i] or "\0" + path for i, path in zip(order, paths))
+        group = unite(codes(group[i] or "\0" + path for i, path in zip(order, paths)), file_of)
+    order = np.array(order)
     return Manifest(
-        name, Path(root), classes, paths, labels, start[order], end[order], unite(group, codes(paths)), source,
+        name, Path(root), classes, paths, labels, start[order], end[order], group, source,
         np.full(len(paths), -1, np.int8) if split is None else np.array(split, np.int8)[order],
         None if fold is None else np.array(fold, np.int16)[order], [printable(note) for note in notes])
 
 
-def _groups_by_name(paths, labels, notes):
+def _groups_by_name(paths, file_of, labels, notes):
     """Group codes by what the file names show, if nearly all of them do; else every file alone."""
-    stems = [os.path.splitext(os.path.basename(path))[0] for path in paths]
     for name, pattern in NAME_PATTERNS.items():
-        found = [re.search(pattern, stem, re.I) for stem in stems]
-        found = [m and (m.lastindex == 1 or float(m[2]) < float(m[3])) and m[1] for m in found]
-        group = codes(key or "\0" + path for key, path in zip(found, paths))
-        if sum(map(bool, found)) < 0.9 * len(paths) or group.max() + 1 == len(set(paths)):
+        group = _matches(re.compile(pattern, re.I), paths)
+        if group is None or group.max() == file_of[-1]:
             continue  # too few names show it, or none of them share it
-        groups_of = np.bincount(np.unique(np.stack([labels, group]), axis=1)[0])  # (classes,)
+        n_groups = int(group.max()) + 1
+        groups_of = np.bincount(np.unique(labels * np.int64(n_groups) + group) // n_groups)  # (classes,)
         if name not in WEAK_PATTERNS or np.mean(groups_of > 1) >= 0.5:
             return group, f"file name ({name})"
         notes.append(f"file names end in a {name}, but by that most classes would be one group each, so each file is "
                      "taken alone; if clips are cut from one recording, give a CSV with a column group")
-    return codes(paths), "each file alone"
+    return file_of, "each file alone"
+
+
+def _matches(pattern, paths):
+    """Codes of what the pattern finds in the file names, a name without it alone; None below nine in ten."""
+    found, hits = [], 0
+    for i, path in enumerate(paths):
+        m = pattern.search(os.path.splitext(os.path.basename(path))[0])
+        shows = m and (m.lastindex == 1 or float(m[2]) < float(m[3]))
+        found.append(m[1] if shows else "\0" + path)  # \0 is in no name
+        hits += bool(shows)
+        if hits + len(paths) - 1 - i < 0.9 * len(paths):  # the rest would not do any more
+            return None
+    return codes(found)

@@ -31,14 +31,15 @@ def prepare(data, audio_dir=None, fold=None, min_clips=1, max_bad_share=0.05, ho
             "  python train.py --data FOLDER_OR_CSV --warmup-epochs 0 --batch-size 4")
         data = write_demo(DEMO)
     manifest = load_manifest(data, audio_dir)
-    seen = scan(manifest, cache_folder(cache_dir) / "scan", full=how == "full" or how == "auto" and len(manifest) <= DECODE_ALL_UP_TO)
+    full = how == "full" or how == "auto" and len(manifest) <= DECODE_ALL_UP_TO
+    seen = scan(manifest, cache_folder(cache_dir) / "scan", full)
     _say(say, f"data: {manifest.root}", manifest.notes + summary(seen, manifest))
     bad = [(manifest.paths[row], reason) for row, reason in sorted(seen.reasons.items())]
     if len(bad) > max_bad_share * len(manifest):
         raise DataError(f"--data {data}: {len(bad)} of {len(manifest)} clips cannot be read, more than --max-bad-share "
                         f"{max_bad_share:g}; the first: {bad[0][0]}: {bad[0][1]}; mend or remove them")
     manifest.duration = seen.duration
-    twins = np.full(len(manifest), -1)
+    twins = np.full(len(manifest), -1, np.int32)
     for number, rows in enumerate(seen.duplicates):
         twins[rows] = number
     keep = np.flatnonzero(seen.ok)

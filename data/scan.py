@@ -6,29 +6,30 @@ file, so that the next one opens only what is new or has changed.
 import csv
 import hashlib
 import io
+import json
 import os
 import tempfile
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from .audio import AUDIO_SUFFIXES, AudioError, check, probe
 
 WORKERS = min(8, 2 * (os.cpu_count() or 1))  # libsndfile works without the GIL, and a disk likes a queue
 PIECE = 4096  # bytes at the start, middle and end of a file that go into its fingerprint
-INDEX_HEAD = b"warble scan index 2\n"
+INDEX_HEAD = b"warble scan index 3\n"
 INDEX_LIMIT = 1_000_000  # files remembered: those of this scan, then the ones of earlier scans
+PART = 8192  # files that are looked up in the index at a time, to keep copies small
 
-# What is known of a file. `key` stands for its path, size, mtime and inode, so that a changed file is an
-# unknown one; without a key the fact is not remembered.
-FACT = np.dtype([("key", "S16"), ("ok", "?"), ("full", "?"), ("rate", "i4"), ("channels", "i4"), ("frames", "i8"),
-                 ("print", "S16"), ("digest", "S32"), ("reason", "S160")])
+# What is known of every file. `key` stands for its path, size, mtime and inode, so that a changed file is an
+# unknown one; a fact whose key is 0 is not remembered. `print` is the fingerprint, 0 if not taken. What only a
+# few files have is no field here but in a dict of texts, file -> the SHA-256 (hex) of a good one that has a twin,
+# or why a broken one is broken; `noted` are the files that are in it.
+FACT = np.dtype([("key", "u8"), ("ok", "?"), ("full", "?"), ("noted", "?"), ("channels", "u2"), ("rate", "i4"),
+                 ("frames", "i8"), ("print", "u8")])
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Scan:
     seconds: float  # that the scan took
     fresh: int  # files opened; the index knew the others
     notes: list[str]  # what went wrong without stopping the scan
+    files: int  # that the rows are of
 
 
 def printable(text):
@@ -107,12 +109,17 @@ def write_atomic(path, content):
 def codes(values):
     """Codes (n,) int32 of hashable values, numbered from 0 as they first come."""
     seen = {}
-    return np.array([seen.setdefault(value, len(seen)) for value in values], np.int32)
+    return np.fromiter((seen.setdefault(value, len(seen)) for value in values), np.int32)
 
 
 def unite(one, other):
     """Codes (n,) int32 from 0 of the finest grouping in which rows that share a code in `one` or in
     `other`, both (n,) codes from 0, are together."""
+    if len(np.unique(other)) == len(other):  # it puts nothing together
+        return one
+    from scipy.sparse import coo_array  # a quarter of a second, which --help need not wait for
+    from scipy.sparse.csgraph import connected_components
+
     size = int(one.max()) + 1
     graph = coo_array((np.ones(len(one)), (one, size + other)), shape=(size + int(other.max()) + 1,) * 2)
     return connected_components(graph, directed=False)[1][one]
@@ -129,29 +136,39 @@ def scan(manifest, index, full):
     """
     began = time.perf_counter()
     file_of = codes(manifest.paths)  # (n,) file of each row
-    names = [os.path.join(manifest.root, path) for path in dict.fromkeys(manifest.paths)]
-    facts, size = _stat(names)
-    known = _load_index(index)
-    _recall(facts, known)
-    opened, notes = np.zeros(len(names), bool), []
+    root, paths = os.path.join(manifest.root, ""), list(dict.fromkeys(manifest.paths))
+
+    def name(file):  # not a list of them: they are long
+        return root + paths[file]
+
+    facts, size = _stat(name, len(paths))
+    texts = _recall(facts, index)
+    opened, notes = np.zeros(len(paths), bool), []
     try:
-        _look(names, facts, opened, full)
-        same = _same_content(names, facts, opened, size)
+        _look(name, facts, texts, opened, full)
+        same = _same_content(name, facts, texts, opened, size)
     finally:  # interrupted too: what was seen need not be seen again
         if index is not None and opened.any():
-            notes += _save_index(index, facts, known)
+            notes += _save_index(index, facts, texts)
 
     ok = facts["ok"][file_of]
     seconds = (facts["frames"] / np.maximum(facts["rate"], 1)).astype(np.float32)[file_of]
     duration = np.where(ok, np.fmin(manifest.end, seconds) - manifest.start, 0).astype(np.float32)
-    reasons = {int(row): facts["reason"][file_of[row]].decode(errors="replace") for row in np.flatnonzero(~ok)}
-    for row in np.flatnonzero(ok & (duration <= 0)):
-        reasons[int(row)] = f"the clip starts at {manifest.start[row]:g} s, but the file ends at {seconds[row]:g} s"
+    reasons = {row: texts[file_of[row]] for row in np.flatnonzero(~ok).tolist()}
+    for row in np.flatnonzero(ok & (duration <= 0)).tolist():
+        reasons[row] = f"the clip starts at {manifest.start[row]:g} s, but the file ends at {seconds[row]:g} s"
         ok[row], duration[row] = False, 0
-    rows_of = _sets(file_of) if same else []
-    duplicates = sorted(sorted(int(row) for file in files for row in rows_of[file]) for files in same)
-    return Scan(duration, facts["rate"][file_of], facts["channels"][file_of].astype(np.int16), ok, reasons, duplicates,
-                full, time.perf_counter() - began, int(opened.sum()), notes)
+    return Scan(duration, facts["rate"][file_of], facts["channels"][file_of].astype(np.int16), ok, reasons,
+                _rows_of(same, file_of), full, time.perf_counter() - began, int(opened.sum()), notes, len(paths))
+
+
+def _rows_of(same, file_of):
+    """Lists of the rows of each set of files, in rising order."""
+    set_of = np.full(len(file_of), -1, np.int32)  # of each file; there are no more files than rows
+    for number, files in enumerate(same):
+        set_of[files] = number
+    rows = np.flatnonzero(set_of[file_of] >= 0)
+    return sorted(rows[at].tolist() for at in sets_of(set_of[file_of[rows]]))
 
 
 def write_bad_files(bad, path):
@@ -166,8 +183,7 @@ def write_bad_files(bad, path):
 def summary(scan, manifest):
     """A few lines on what was found."""
     ok, n = scan.ok, len(manifest)
-    files = len(set(manifest.paths))
-    lines = [f"{n} clips in {files} files, {scan.duration.sum(dtype=float) / 3600:.2f} h; {scan.fresh} files "
+    lines = [f"{n} clips in {scan.files} files, {scan.duration.sum(dtype=float) / 3600:.2f} h; {scan.fresh} files "
              f"{'decoded' if scan.full else 'opened'} in {scan.seconds:.1f} s"]
     if ok.any():
         low, middle, high = np.quantile(scan.duration[ok], [0, 0.5, 1])
@@ -187,35 +203,48 @@ def summary(scan, manifest):
 
 
 def _count(values, unit):
-    found = Counter(values.tolist()).most_common()
+    found, counts = np.unique(values, return_counts=True)
+    frequent = np.argsort(-counts, kind="stable")[:4]
     rest = len(found) - 4
-    return ", ".join(f"{value}{unit} x {n}" for value, n in found[:4]) + (f" and {rest} more" if rest > 0 else "")
+    return (", ".join(f"{found[i]}{unit} x {counts[i]}" for i in frequent)
+            + (f" and {rest} more" if rest > 0 else ""))
 
 
-def _stat(names):
-    """Empty facts (files,) with their keys, and sizes (files,) in bytes, -1 where there is no file."""
-    facts, size = np.zeros(len(names), FACT), np.full(len(names), -1, np.int64)
-    for i, name in enumerate(names):
+def _stat(name, n):
+    """Empty facts (n,) with their keys, and sizes (n,) in bytes, -1 where there is no file."""
+    facts, size = np.zeros(n, FACT), np.full(n, -1, np.int64)
+    key = facts["key"]
+    for i in range(n):
+        path = name(i)
         try:
-            status = os.stat(name)
+            status = os.stat(path)
         except (OSError, ValueError):
             continue
         size[i] = status.st_size
-        state = os.fsencode(f"{name}\0{status.st_size} {status.st_mtime_ns} {status.st_ino}")
-        facts["key"][i] = hashlib.blake2b(state, digest_size=16).digest()
+        key[i] = _hash(os.fsencode(f"{path}\0{status.st_size} {status.st_mtime_ns} {status.st_ino}"))
     return facts, size
 
 
-def _recall(facts, known):
-    """Fill in what the index knows."""
+def _hash(content):
+    """64 bits of a hash; that any two of a million files share one has a chance of 3e-8."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def _recall(facts, index):
+    """Fill in what the index knows. Returns the texts of these files."""
+    known, said = _load_index(index)
     if len(known) == 0:
-        return
-    at = np.minimum(np.searchsorted(known["key"], facts["key"]), len(known) - 1)
-    hit = known["key"][at] == facts["key"]
-    facts[hit] = known[at[hit]]
+        return {}
+    keys = known["key"].copy()  # side by side, to be searched
+    for begin in range(0, len(facts), PART):
+        part = facts[begin:begin + PART]
+        at = np.minimum(np.searchsorted(keys, part["key"]), len(keys) - 1)
+        hit = keys[at] == part["key"]
+        part[hit] = known[at[hit]]
+    return {i: said[int(facts["key"][i])] for i in np.flatnonzero(facts["noted"]).tolist()}
 
 
-def _look(names, facts, opened, full):
+def _look(name, facts, texts, opened, full):
     """Read the headers of the files that are not known, or decode those not known to decode.
 
     That a header is bad is not remembered: mending a permission leaves the key as it is. That decoding
@@ -223,41 +252,54 @@ def _look(names, facts, opened, full):
     """
     def look(i):
         opened[i], fact = True, facts[i]
-        key, fact["key"], fact["ok"], fact["full"], fact["reason"] = fact["key"], b"", False, False, b""
+        key, fact["key"] = fact["key"], 0
+        if not fact["ok"]:
+            texts.pop(i, None)
+        fact["ok"] = fact["full"] = False
         try:
-            info = probe(names[i])
+            info = probe(name(i))
             if full:
                 fact["full"] = True
-                info = check(names[i])
+                info = check(name(i))
             fact["rate"], fact["channels"], fact["frames"], fact["ok"] = info.rate, info.channels, info.frames, True
         except AudioError as error:
-            fact["reason"] = str(error).encode(errors="replace")
+            texts[i] = str(error).encode(errors="replace").decode()
+        fact["noted"] = i in texts
         if fact["ok"] or fact["full"]:
             fact["key"] = key
 
-    known = facts["ok"] & facts["full"] if full else facts["ok"] | (facts["reason"] != b"")
+    known = facts["ok"] & facts["full"] if full else facts["ok"] | facts["full"]
     _each(look, np.flatnonzero(~known).tolist())
 
 
-def _same_content(names, facts, opened, size):
+def _same_content(name, facts, texts, opened, size):
     """Arrays of files with equal bytes: equal size, then equal fingerprint, then equal SHA-256."""
-    def fill(field, read, files):
-        def look(i):
+    def fingerprint(i):
+        facts["print"][i] = _fingerprint(name(i), int(size[i]))
+
+    def digest(i):
+        texts[i], facts["noted"][i] = _sha256(name(i)), True  # in this order: an error leaves both
+
+    def read(look, files):
+        """look(file) for the files; one that cannot be read any more is broken."""
+        def careful(i):
             opened[i] = True
             try:
-                facts[field][i] = read(names[i], size[i])
+                look(i)
             except OSError as error:  # gone since its header was read
-                facts["key"][i], facts["ok"][i] = b"", False
-                facts["reason"][i] = f"cannot be read: {error.strerror}".encode()
-        _each(look, files[facts[field][files] == b""].tolist())
-        return files[facts["ok"][files]]
+                facts["key"][i], facts["ok"][i] = 0, False
+                texts[i] = f"cannot be read: {error.strerror}"
+        _each(careful, files.tolist())
 
     alike = np.flatnonzero(facts["ok"])
     alike = alike[_shared(size[alike])]
-    for field, read in (("print", _fingerprint), ("digest", _sha256)):
-        alike = fill(field, read, alike)
-        alike = alike[_shared(facts[field][alike])]
-    return [alike[files] for files in _sets(facts["digest"][alike])]
+    read(fingerprint, alike[facts["print"][alike] == 0])
+    alike = alike[facts["ok"][alike]]
+    alike = alike[_shared(facts["print"][alike])]
+    read(digest, alike[~facts["noted"][alike]])
+    alike = alike[facts["ok"][alike]]
+    content = codes(texts[i] for i in alike.tolist())
+    return [alike[files] for files in sets_of(content) if len(files) > 1]
 
 
 def _each(function, items):
@@ -279,51 +321,66 @@ def _each(function, items):
 
 
 def _fingerprint(name, size):
-    digest = hashlib.blake2b(b"%d" % size, digest_size=16)
-    with open(name, "rb", buffering=0) as file:
-        for start in (0, size // 2, size - PIECE):
-            file.seek(max(0, start))
-            digest.update(file.read(PIECE))
-    return digest.digest()
+    """64 bits of a hash of the size and of the file's start, middle and end."""
+    file = os.open(name, os.O_RDONLY)
+    try:
+        if size <= 3 * PIECE:
+            pieces = [os.pread(file, 3 * PIECE, 0)]
+        else:
+            pieces = [os.pread(file, PIECE, start) for start in (0, size // 2, size - PIECE)]
+    finally:
+        os.close(file)
+    return _hash(b"%d" % size + b"".join(pieces))
 
 
-def _sha256(name, size):
+def _sha256(name):
     digest = hashlib.sha256()
     with open(name, "rb", buffering=0) as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return digest.digest()
+    return digest.hexdigest()
 
 
 def _shared(values):
     """Mask (n,) of the values that are there more than once."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return counts[inverse] > 1
+    order = np.argsort(values, kind="stable")
+    again = np.flatnonzero(np.diff(values[order]) == 0)
+    shared = np.zeros(len(values), bool)
+    shared[order[again]] = shared[order[again + 1]] = True
+    return shared
 
 
-def _sets(values):
+def sets_of(values):
     """Arrays of the indices of equal values, one per distinct value in rising order."""
     order = np.argsort(values, kind="stable")
-    return np.split(order, np.flatnonzero(values[order][1:] != values[order][:-1]) + 1) if len(order) else []
+    return np.split(order, np.flatnonzero(np.diff(values[order])) + 1) if len(order) else []
 
 
 def _load_index(index):
-    """Facts (m,) sorted by key; none if there is no sound index."""
+    """Facts (m,) sorted by key, and the texts by key; none if there is no sound index."""
     try:
         content = Path(index).read_bytes() if index is not None else b""
     except OSError:
         content = b""
-    head, body = content[:len(INDEX_HEAD) + 32], content[len(INDEX_HEAD) + 32:]
-    sound = head == INDEX_HEAD + hashlib.sha256(body).digest()
-    return np.frombuffer(body if sound else b"", FACT)
+    start = len(INDEX_HEAD) + 32
+    body = memoryview(content)[start:]
+    if content[:start] != INDEX_HEAD + hashlib.sha256(body).digest():
+        return np.zeros(0, FACT), {}
+    m = int.from_bytes(body[:8], "little")
+    known = np.frombuffer(body[8:], FACT, m)
+    return known, {int(key): text for key, text in json.loads(bytes(body[8 + known.nbytes:])).items()}
 
 
-def _save_index(index, facts, known):
-    """Write these facts and the older ones up to the limit. Of runs side by side the last one to write
-    wins; what only the others saw is looked at once more. Returns lines that say what went wrong."""
-    facts = np.concatenate([facts[facts["key"] != b""], known])[:INDEX_LIMIT]
-    facts = facts[np.unique(facts["key"], return_index=True)[1]]  # the first of a key is the newest
-    body = facts.tobytes()
+def _save_index(index, facts, texts):
+    """Add these facts to those that the index has now, up to the limit. Of runs side by side that write in the
+    same moment the last one wins; what only the others saw is looked at once more. Returns lines that say what
+    went wrong."""
+    known, said = _load_index(index)
+    said.update((int(facts["key"][i]), text) for i, text in texts.items())
+    known = np.concatenate([facts[facts["key"] != 0], known])[:INDEX_LIMIT]
+    known = known[np.unique(known["key"], return_index=True)[1]]  # the first of a key is the newest
+    said = {key: said[key] for key in known["key"][known["noted"]].tolist()}
+    body = b"".join([len(known).to_bytes(8, "little"), known, json.dumps(said).encode()])
     try:
         write_atomic(index, INDEX_HEAD + hashlib.sha256(body).digest() + body)
     except OSError as error:

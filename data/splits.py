@@ -7,7 +7,7 @@ import os
 import numpy as np
 
 from .manifest import SPLITS, DataError
-from .scan import codes, printable, unite, write_atomic
+from .scan import printable, sets_of, unite, write_atomic
 
 TRAIN, VAL, TEST = range(3)
 COLUMNS = ["path", "label", "split", "group", "start", "end"]
@@ -84,8 +84,11 @@ def audit(manifest, duplicates):
     def label(row):
         return manifest.classes[manifest.labels[row]]
 
-    order = np.argsort(manifest.group, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(manifest.group[order])) + 1)
+    order = np.lexsort((manifest.split, manifest.group))
+    grouped, splits = manifest.group[order], manifest.split[order]
+    mixed = grouped[1:][(grouped[1:] == grouped[:-1]) & (splits[1:] != splits[:-1])]
+    rows = np.flatnonzero(np.isin(manifest.group, mixed))  # of the groups that are in two splits
+    groups = [rows[at] for at in sets_of(manifest.group[rows])]
     alike = {}  # the same stretch of equal files
     for i, rows in enumerate(duplicates):
         for row in rows:
@@ -157,78 +160,117 @@ def _by_fold(manifest, fold):
 
 
 def _need_training(manifest):
-    known = set(manifest.labels[manifest.rows("train")].tolist())
+    known = manifest.labels[manifest.rows("train")]
     for name in ("test", "val"):
-        unknown = sorted(set(manifest.labels[manifest.rows(name)].tolist()) - known)
-        if unknown:
+        unknown = np.setdiff1d(manifest.labels[manifest.rows(name)], known)  # in rising order
+        if len(unknown):
             raise DataError(f"label in {name} that is not in train: {_some([manifest.classes[i] for i in unknown])}; "
                             "move some of its clips to train, or take the class out")
+
+
+class _Units:
+    """What must stay together, in columns: a row per unit and class that it holds, by unit, then class.
+
+    unit, label, clips: (m,) int32; begin: (units + 1,) int32, the first row of each unit; of_class: class -> its
+    rows (k,); chance: (units,) uint64 that breaks ties. Columns, since objects would take ten times the memory.
+    """
+
+    def __init__(self, unit_of, labels, chance):
+        """unit_of, labels: (n,) unit from 0 and class of each clip."""
+        n_labels = int(labels.max()) + 1
+        pairs, clips = np.unique(unit_of * np.int64(n_labels) + labels, return_counts=True)
+        self.unit, self.label = (pairs // n_labels).astype(np.int32), (pairs % n_labels).astype(np.int32)
+        self.clips = clips.astype(np.int32)
+        self.begin = np.searchsorted(self.unit, np.arange(len(chance) + 1, dtype=np.int32)).astype(np.int32)
+        self.of_class = {int(self.label[rows[0]]): rows for rows in sets_of(self.label)}
+        self.chance = chance
+        self.numbers = self.begin.data, self.label.data, self.clips.data  # as Python's, faster one by one
+
+    def content(self, u):
+        """(class, clips) pairs of the unit."""
+        begin, label, clips = self.numbers
+        return [(label[row], clips[row]) for row in range(begin[u], begin[u + 1])]
+
+    def of(self, c, largest_first):
+        """Units of the class, by size and then by chance."""
+        rows = self.of_class[c]
+        size = -self.clips[rows] if largest_first else self.clips[rows]
+        return self.unit[rows[np.lexsort((self.chance[self.unit[rows]], size))]].tolist()
 
 
 def _make(manifest, duplicates, shares, wanted, seed):
     """Move clips from train to the wanted splits; `shares` are of the clips now in train. Returns lines."""
     rows = manifest.rows("train")
-    copies = np.arange(len(manifest))
-    for alike in duplicates:
-        copies[alike] = alike[0]
-    unit = codes(unite(manifest.group, copies)[rows].tolist())  # (k,) what must stay together
-    (units, labels), counts = np.unique(np.stack([unit, manifest.labels[rows]]), axis=1, return_counts=True)
-    content = [[] for _ in range(unit.max() + 1)]  # unit -> its classes and their clips
-    members = {}  # class -> its units and their clips
-    for u, c, k in zip(units.tolist(), labels.tolist(), counts.tolist()):
-        content[u].append((c, k))
-        members.setdefault(c, []).append((u, k))
-    first = {}
-    for u, row in zip(unit.tolist(), rows.tolist()):
-        first[u] = min(first.get(u, manifest.paths[row]), manifest.paths[row])
-    chance = {u: hashlib.blake2b(os.fsencode(f"{seed} {path}"), digest_size=8).digest() for u, path in first.items()}
+    unit = _together(manifest, duplicates)[rows]
+    unit = np.unique(unit, return_inverse=True)[1].astype(np.int32)  # (k,) from 0
+    units = _Units(unit, manifest.labels[rows], _chances(manifest.paths, rows, unit, seed))
 
     places = [i for i in (TRAIN, TEST, VAL) if i == TRAIN or i in wanted]  # in the order that a class needs them
     share = {i: shares[i] if i in wanted else 1 - sum(shares[w] for w in wanted) for i in places}
-    place = _deal(content, members, chance, places, share)
-    manifest.split[rows] = np.array(place, np.int8)[unit]
-    return _shortfalls(manifest, members, place, wanted)
+    place = _deal(units, places, share)
+    manifest.split[rows] = place[unit]
+    return _shortfalls(manifest, units, place, wanted)
 
 
-def _deal(content, members, chance, places, share):
-    """Split of every unit: class by class from the one with the fewest units, largest unit first, to the
-    split that is furthest below its share of the class (K. Sechidis et al., "On the stratification of
+def _together(manifest, duplicates):
+    """Codes (n,) of what must not be divided: groups, and those that share a file's content."""
+    copies = np.arange(len(manifest), dtype=np.int32)
+    for alike in duplicates:
+        copies[alike] = alike[0]
+    return unite(manifest.group, copies)
+
+
+def _chances(paths, rows, unit, seed):
+    """(units,) uint64 drawn from the seed and the first path of each unit, not from the order of the rows."""
+    first = [None] * (int(unit.max()) + 1)
+    for u, row in zip(unit, rows):
+        if first[u] is None or paths[row] < first[u]:
+            first[u] = paths[row]
+    draws = (hashlib.blake2b(os.fsencode(f"{seed} {path}"), digest_size=8).digest() for path in first)
+    return np.fromiter((int.from_bytes(draw, "big") for draw in draws), np.uint64, len(first))
+
+
+def _deal(units, places, share):
+    """Split (units,) int8 of every unit: class by class from the one with the fewest units, largest unit first,
+    to the split that is furthest below its share of the class (K. Sechidis et al., "On the stratification of
     multi-label data", 2011), while each class gets train, test and val in this order if it has the units."""
-    size = {c: sum(k for _, k in units) for c, units in members.items()}
-    short = {c: {i: share[i] * size[c] for i in places} for c in members}  # clips still to come
+    held = {c: len(rows) for c, rows in units.of_class.items()}  # units
+    size = {c: int(units.clips[rows].sum()) for c, rows in units.of_class.items()}  # clips
+    short = {c: {i: share[i] * size[c] for i in places} for c in size}  # clips still to come
     short_all = {i: share[i] * sum(size.values()) for i in places}
-    have = {c: dict.fromkeys(places, 0) for c in members}  # units
-    need = {c: [i for i in (TRAIN, TEST, VAL)[:len(units)] if i in places] for c, units in members.items()}
-    place = [None] * len(content)
+    have = {c: dict.fromkeys(places, 0) for c in size}  # units
+    need = {c: [i for i in (TRAIN, TEST, VAL)[:held[c]] if i in places] for c in size}
+    place = np.full(len(units.chance), -1, np.int8)
 
     def put(u, i, sign=1):
-        for c, k in content[u]:
+        for c, k in units.content(u):
             short[c][i] -= sign * k
             short_all[i] -= sign * k
             have[c][i] += sign
         place[u] = i
 
-    for c in sorted(members, key=lambda c: (len(members[c]), c)):
-        queue = sorted((-k, chance[u], u) for u, k in members[c] if place[u] is None)
-        for waiting, (_, _, u) in zip(range(len(queue), 0, -1), queue):
+    for c in sorted(size, key=lambda c: (held[c], c)):
+        queue = [u for u in units.of(c, largest_first=True) if place[u] < 0]
+        left = short[c]
+        for waiting, u in zip(range(len(queue), 0, -1), queue):
             lacking = [i for i in need[c] if not have[c][i]]
             put(u, max(lacking if len(lacking) >= waiting else places,
-                       key=lambda i: (round(short[c][i], 6), round(short_all[i], 6))))
+                       key=lambda i: (round(left[i], 6), round(short_all[i], 6))))
 
     # Units of several classes can have left one without train or test: move what nobody else needs there.
     for i in places:
-        for c in sorted(members):
+        for c in sorted(size):
             if i in need[c] and not have[c][i]:
-                units = sorted((k, chance[u], u) for u, k in members[c])
-                spare = [u for _, _, u in units if all(
-                    have[d][place[u]] > 1 or place[u] not in need[d] for d, _ in content[u])]
-                for u in spare[:1] or ([units[0][2]] if i == TRAIN else []):
+                candidates = units.of(c, largest_first=False)
+                spare = [u for u in candidates if all(
+                    have[d][place[u]] > 1 or place[u] not in need[d] for d, _ in units.content(u))]
+                for u in spare[:1] or (candidates[:1] if i == TRAIN else []):
                     put(u, place[u], -1)
                     put(u, i)
     return place
 
 
-def _shortfalls(manifest, members, place, wanted):
+def _shortfalls(manifest, units, place, wanted):
     """Lines on classes that are not in every split; raises DataError where nothing can be tested."""
     lines = []
     for i in sorted(wanted, reverse=True):
@@ -237,11 +279,12 @@ def _shortfalls(manifest, members, place, wanted):
             if i == TEST:
                 raise DataError(f"{problem}; add recordings, or give a CSV with a column group")
             lines.append(problem)
-    whole = [manifest.classes[c] for c in sorted(members) if len(members[c]) == 1]
+    held = {c: len(rows) for c, rows in sorted(units.of_class.items())}
+    whole = [manifest.classes[c] for c, n in held.items() if n == 1]
     if whole:
         lines.append(f"in train only, since all their clips lie in one group: {_some(whole)}")
-    tested = {c for c, units in members.items() if any(place[u] == TEST for u, _ in units)}
-    rest = [manifest.classes[c] for c in sorted(members) if len(members[c]) > 1 and c not in tested]
+    tested = set(units.label[place[units.unit] == TEST].tolist())
+    rest = [manifest.classes[c] for c, n in held.items() if n > 1 and c not in tested]
     if rest and TEST in wanted:
         lines.append(f"not in test, since their groups hold other classes too: {_some(rest)}")
     return lines

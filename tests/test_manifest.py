@@ -1,6 +1,8 @@
 """data/manifest.py against folders and tables made by hand; no file here needs to hold audio."""
 import os
 import shutil
+import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -116,6 +118,12 @@ def test_linked_folders_are_followed_but_not_round_and_round(tmp_path):
         "a/y.wav": "a", "a/deep/z.wav": "a", "a/deep/away/deep/v.wav": "a", "b/x.wav": "b"}
 
 
+def test_names_are_sorted_by_their_bytes(tmp_path):
+    touch(tmp_path, "b/x.wav", "a/\ue000.wav", "a/z.wav", "a/é.wav")
+    open(os.fsencode(tmp_path) + b"/a/\xff.wav", "wb").close()  # the escaped byte, \udcff, comes before \ue000
+    assert load_manifest(tmp_path).paths == ["a/z.wav", "a/é.wav", "a/\ue000.wav", "a/\udcff.wav", "b/x.wav"]
+
+
 @pytest.mark.parametrize("val, test", [
     ("val", "test"), ("Valid", "TEST"), ("validation", "eval"), ("dev", "evaluation")])
 def test_split_folders(tmp_path, val, test):
@@ -208,6 +216,10 @@ def test_nine_in_ten_names_must_match(tmp_path):
     assert load_manifest(tmp_path).group_source == "file name (segment number)"
     touch(tmp_path, "b/meow.wav", "b/woof.wav")
     assert load_manifest(tmp_path).group_source == "each file alone"
+    touch(tmp_path, *(f"a/rec{i // 2}_seg{i % 2}.wav" for i in range(18, 40)))
+    found = load_manifest(tmp_path)
+    assert found.group_source == "file name (segment number)"
+    assert sorted(map(len, groups(found))) == [1] * 3 + [2] * 20  # names that show nothing do not belong together
 
 
 def test_clip_numbers_under_the_class_name_are_no_recording(tmp_path):
@@ -490,3 +502,13 @@ def test_memory_beyond_the_paths(tmp_path):
     manifest = load_manifest(tmp_path)
     columns = sum(value.nbytes for value in vars(manifest).values() if isinstance(value, np.ndarray))
     assert columns / len(manifest) + 8 < 200  # 8: the list's pointer to the path
+
+
+def test_memory_while_a_folder_is_read(tmp_path):
+    n = 4000
+    touch(tmp_path, *(f"{'long' * 20}{i % 2}/{i}.wav" for i in range(n)))
+    tracemalloc.start()
+    manifest = load_manifest(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (peak - sum(map(sys.getsizeof, manifest.paths))) / n < 120

@@ -5,6 +5,7 @@ import signal
 import struct
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import soundfile as sf
 
 import data.scan
+from data.audio import AudioInfo
 from data.manifest import Manifest, load_manifest
 from data.scan import codes, printable, scan, summary, unite, write_atomic, write_bad_files
 
@@ -154,9 +156,9 @@ def test_copies_are_found_by_their_bytes(tmp_path):
 def test_only_alike_files_are_read_through(tmp_path, monkeypatch):
     read = []
 
-    def sha256(name, size, real=data.scan._sha256):
+    def sha256(name, real=data.scan._sha256):
         read.append(name)
-        return real(name, size)
+        return real(name)
 
     monkeypatch.setattr(data.scan, "_sha256", sha256)
     paths = [wav(tmp_path / f"{i}.wav", seed=i // 2 if i < 4 else i).name for i in range(20)]
@@ -247,6 +249,81 @@ def test_a_damaged_index_is_made_anew(folder, tmp_path):
     assert scan(manifest, index, False).fresh == 4 and scan(manifest, index, False).fresh == 0
 
 
+def test_an_index_of_another_format_is_made_anew(folder, tmp_path):
+    index = tmp_path / "index"
+    scan(load_manifest(folder), index, False)
+    body = index.read_bytes().split(b"\n", 1)[1]
+    index.write_bytes(b"warble scan index 2\n" + body)
+    assert scan(load_manifest(folder), index, False).fresh == 4
+    assert scan(load_manifest(folder), index, False).fresh == 0
+
+
+def test_reasons_and_digests_outlive_other_scans(folder, tmp_path, monkeypatch):
+    wav(tmp_path / "more/1.wav", seed=1)
+    sf.write(folder / "a/nan.wav", np.array([0, np.nan, 0.5]), 16000, subtype="FLOAT")
+    manifest, other, index = load_manifest(folder), rows_of(tmp_path / "more", "1.wav"), tmp_path / "index"
+    first = scan(manifest, index, True)
+    assert list(first.reasons) == [2] and first.duplicates == [[0, 4]]
+    scan(other, index, True)
+    again = scan(manifest, index, False)
+    assert again.fresh == 0 and same(first, again)
+    monkeypatch.setattr(data.scan, "INDEX_LIMIT", 1)  # their facts are forgotten, and the texts with them
+    wav(tmp_path / "more/2.wav", seed=2)
+    scan(rows_of(tmp_path / "more", "2.wav"), index, True)
+    assert b"not finite" not in index.read_bytes()
+
+
+def test_a_scan_keeps_what_another_wrote_meanwhile(folder, tmp_path, monkeypatch):
+    wav(tmp_path / "more/1.wav", seed=1)
+    other, index = rows_of(tmp_path / "more", "1.wav"), tmp_path / "index"
+
+    def look(*args, real=data.scan._look):
+        monkeypatch.undo()
+        scan(other, index, False)
+        real(*args)
+
+    monkeypatch.setattr(data.scan, "_look", look)
+    assert scan(load_manifest(folder), index, False).fresh == 4
+    assert scan(other, index, False).fresh == scan(load_manifest(folder), index, False).fresh == 0
+
+
+def test_decoding_again_changes_the_reason_or_the_copies(folder, tmp_path, monkeypatch):
+    manifest, index = load_manifest(folder), tmp_path / "index"
+    plain = scan(manifest, index, False)  # finds the copies by their digests
+
+    def check(path, real=data.scan.check):
+        if path.endswith("a/1.wav"):
+            raise data.scan.AudioError("a bad sector " + 200 * "x")
+        return real(path)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(data.scan, "check", check)
+        assert scan(manifest, index, True).reasons == {0: "a bad sector " + 200 * "x"}
+    found = scan(manifest, index, False)
+    assert (found.fresh, found.reasons, found.duplicates) == (0, {0: "a bad sector " + 200 * "x"}, [])
+    assert same(scan(manifest, index, True), plain)  # the sector is well again
+    found = scan(manifest, index, False)
+    assert found.fresh == 0 and same(found, plain)
+
+
+def test_memory_of_a_scan(tmp_path, monkeypatch):
+    n = 4000
+    monkeypatch.setattr(data.scan, "probe", lambda path: AudioInfo(16000, 16000, 1, "made"))
+    monkeypatch.setattr(data.scan, "PART", 1000)
+    (tmp_path / ("long" * 30)).mkdir()  # paths are long; nothing may hold copies of all of them
+    paths = [f"{'long' * 30}/{i}.wav" for i in range(n)]
+    for i, path in enumerate(paths):
+        with open(tmp_path / path, "wb") as file:
+            file.truncate(i)  # no two are as long
+    manifest, index = rows_of(tmp_path, *paths), tmp_path / "index"
+    assert scan(manifest, index, False).fresh == n
+    tracemalloc.start()
+    assert scan(manifest, index, False).fresh == 0
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak / n < 170
+
+
 def test_an_index_that_cannot_be_written_is_told(folder, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "dir").mkdir()
@@ -334,7 +411,9 @@ def test_summary(tmp_path):
     manifest = rows_of(tmp_path, "0.wav", "1.wav", "2.wav", "3\n.wav", "4.wav", "5.wav", "6.wav")
     found = scan(manifest, None, False)
     lines = summary(found, manifest)
-    assert lines[0].startswith("7 clips in 7 files, 0.00 h; 7 files opened in ")
+    assert lines[0].startswith("7 clips in 7 files, 0.00 h; 7 files opened in ") and found.files == 7
+    twice = rows_of(tmp_path, "0.wav", "0.wav", "1.wav")
+    assert summary(scan(twice, None, False), twice)[0].startswith("3 clips in 2 files")
     assert lines[1] == "length 0.50 / 1.00 / 2.00 s (shortest / median / longest)"
     assert lines[2] == "16000 Hz x 2, 44100 Hz x 1; 1 channel(s) x 2, 2 channel(s) x 1"
     assert lines[3].startswith("4 clips left out as broken: 3\\n.wav: empty") and lines[3].endswith("; ...")
@@ -358,6 +437,7 @@ def test_a_header_that_promises_too_much(tmp_path):
 def test_unite():
     assert unite(np.array([0, 1, 2, 3]), np.array([0, 0, 1, 2])).tolist() == [0, 0, 1, 2]
     assert len(set(unite(np.array([0, 1, 1, 2, 5]), np.array([7, 7, 3, 3, 0])).tolist())) == 2
+    assert unite(np.array([1, 0, 1, 2]), np.array([3, 0, 2, 1])).tolist() == [1, 0, 1, 2]
     rng = np.random.default_rng(1)
     for _ in range(50):
         one, other = rng.integers(0, 12, 15), rng.integers(0, 20, 15)

@@ -1,6 +1,7 @@
 """data/splits.py on manifests made by hand and on many random ones."""
 import hashlib
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,17 @@ def test_adding_clips_moves_few_of_the_others():
     assign_splits(small, [])
     assign_splits(large, [])
     assert (small.split != large.split[:200]).mean() < 0.2  # about half would move by chance alone
+
+
+def test_memory_while_splits_are_made():
+    n = 4000
+    manifest = make([f"{i % 20:02d}" for i in range(n)])
+    tracemalloc.start()
+    assign_splits(manifest, [])
+    assert audit(manifest, []) == []
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak / n < 100
 
 
 def test_shares_that_are_refused():
