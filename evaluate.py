@@ -5,6 +5,7 @@ Holds `evaluate()`, which validation during training and the test both use.
 """
 import argparse
 import csv
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from core.checkpoint import CheckpointError, load_checkpoint, reading
 from core.guard import NumbersError
-from core.metrics import confusion, evaluate_scores, per_class
+from core.metrics import METRICS, confusion, evaluate_scores, per_class, recall_by_frequency
 from core.precision import DeviceError, choose_precision, pick_device
 from core.run import RunError, newest_run, write_json
 from data.cache import WaveCache
@@ -42,15 +43,17 @@ class Evaluation:
     scores: np.ndarray  # (n, classes) probabilities, the mean over each clip's tiles
     losses: np.ndarray  # (n,) the mean over each clip's tiles
     broken: dict  # row -> why it could not be read
+    tiles: np.ndarray  # (n,) how many each clip has
+    hits: np.ndarray  # (n,) how many of them alone would have been right
 
     @classmethod
     def merge(cls, parts):
         """One Evaluation from those of the ranks, which had every n-th row each, ordered by row."""
-        rows, labels, scores, losses = (np.concatenate([getattr(part, name) for part in parts])
-                                        for name in ("rows", "labels", "scores", "losses"))
+        rows, labels, scores, losses, tiles, hits = (np.concatenate([getattr(part, name) for part in parts]) for name in (
+            "rows", "labels", "scores", "losses", "tiles", "hits"))
         order = np.argsort(rows)
         return cls(rows[order], labels[order], scores[order], losses[order],
-                   {row: why for part in parts for row, why in part.broken.items()})
+                   {row: why for part in parts for row, why in part.broken.items()}, tiles[order], hits[order])
 
 
 @torch.inference_mode()
@@ -61,10 +64,11 @@ def evaluate(model, frontend, batches, manifest, rows, loss_fn, precision, stop=
     listed in `.broken`. Raises NumbersError where scores are not finite.
     """
     model.eval()
+    loss_fn.eval()
     index = {int(row): i for i, row in enumerate(rows)}
     n_classes = model.config.n_classes
     scores, losses = np.zeros((len(rows), n_classes)), np.zeros(len(rows))
-    tiles, broken = np.zeros(len(rows)), {}
+    tiles, hits, broken = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64), {}
     bar = tqdm(batches, desc=show, leave=False, disable=show is None or not sys.stderr.isatty(), unit="batch")
     with precision.window():
         for batch in bar:
@@ -81,21 +85,27 @@ def evaluate(model, frontend, batches, manifest, rows, loss_fn, precision, stop=
             np.add.at(scores, at, logits.float().softmax(dim=1).cpu().double().numpy())
             np.add.at(losses, at, loss.cpu().double().numpy())
             np.add.at(tiles, at, 1)
+            np.add.at(hits, at, (logits.argmax(dim=1).cpu() == batch.target).numpy())
     keep = np.array([int(row) not in broken for row in rows], dtype=bool) & (tiles > 0)
     scores, losses = scores[keep] / tiles[keep, None], losses[keep] / tiles[keep]
     rows = np.asarray(rows)[keep]
     if not np.isfinite(scores).all() or not np.isfinite(losses).all():
         raise NumbersError("the model's scores are not finite: its weights are damaged or the precision is too low; try "
                            "--amp off")
-    return Evaluation(rows, manifest.labels[rows].astype(np.int64), scores, losses, broken)
+    return Evaluation(rows, manifest.labels[rows].astype(np.int64), scores, losses, broken, tiles[keep], hits[keep])
 
 
 def write_results(folder, result, manifest, classes, split):
-    """Write metrics.json, predictions.csv, per_class.csv and confusion.png into `folder` -> the metrics."""
+    """Write metrics.json, predictions.csv, scores.npz, per_class.csv and confusion.png into `folder` -> the metrics."""
     folder.mkdir(parents=True, exist_ok=True)
     metrics = {"split": split, **evaluate_scores(result.scores, result.labels), "loss": float(result.losses.mean()),
-               "unreadable": len(result.broken)}
+               "unreadable": len(result.broken), "tiles": int(result.tiles.sum()),
+               "tile_accuracy": float(result.hits.sum() / result.tiles.sum())}
+    trained = manifest.rows("train")
+    if len(trained):  # none in other data
+        metrics |= recall_by_frequency(result.scores, result.labels, manifest.take(trained).counts())
     write_json(folder / "metrics.json", metrics)
+    np.savez(folder / "scores.npz", scores=result.scores.astype(np.float32), labels=result.labels, rows=result.rows)
     best = np.argsort(-result.scores, axis=1, kind="stable")[:, :5]
     with open(folder / "predictions.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         out = csv.writer(file)
@@ -125,14 +135,49 @@ def result_lines(metrics):
                       ("weighted_f1", "weighted F1"), ("map", "mAP")):
         low, high = metrics[f"{key}_ci95"]
         lines.append(f"  {name:<18} {metrics[key]:.3f}   (95% interval {low:.3f} to {high:.3f})")
+    if metrics["tiles"] > metrics["n"]:
+        lines.append(f"  {'tiles alone':<18} {metrics['tile_accuracy']:.3f}   ({metrics['tiles']} tiles; above, their mean per clip)")
+    thirds = {name: metrics.get(f"recall_{name}") for name in ("head", "middle", "tail")}
+    if thirds["head"] is not None:
+        lines.append("  recall of classes  " + ", ".join(
+            f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in thirds.items())
+            + "   (thirds by number of training clips)")
     return lines
 
 
-def restore(state, device):
+def pooled_results(folders, out):
+    """The figures over the test folders of all folds: their mean and deviation over the folds, and those of all clips
+    together -> lines for a person. Writes folds.json into `out`."""
+    parts, each = [], []
+    for folder in folders:
+        with np.load(folder / "scores.npz") as file:
+            parts.append((file["scores"], file["labels"]))
+        each.append(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+    pooled = evaluate_scores(np.concatenate([scores for scores, _ in parts]), np.concatenate([labels for _, labels in parts]))
+    over = {}
+    for key in METRICS:
+        values = [metrics[key] for metrics in each]
+        over[key] = {"mean": float(np.mean(values)), "deviation": float(np.std(values, ddof=1)), "folds": values}
+    write_json(out / "folds.json", {"over_folds": over, "pooled": pooled})
+    lines = [f"\n{len(each)} folds, {pooled['n']} clips", "                     mean   deviation over folds   all clips together"]
+    for key in METRICS:
+        low, high = pooled[f"{key}_ci95"]
+        lines.append(f"  {key.replace('_', ' '):<18} {over[key]['mean']:.3f}   {over[key]['deviation']:.3f}                  "
+                     f"{pooled[key]:.3f} (95% interval {low:.3f} to {high:.3f})")
+    return [*lines, f"written: {out}/folds.json"]
+
+
+def weights_of(state):
+    """The weights of a checkpoint that are evaluated: the averages, where the run kept some."""
+    return state["ema"] or state["model"]
+
+
+def restore(state, device, averaged=True):
     """The model and the front end that a checkpoint from `load_checkpoint` describes, on a device."""
     with reading(state.path):
+        weights = weights_of(state) if averaged else state["model"]
         config, frontend = ASTConfig(**state["config"]), FrontendConfig(**state["frontend"])
-        found = {name: value.shape for name, value in state["model"].items()}
+        found = {name: value.shape for name, value in weights.items()}
         if config.depth != len({name.split(".")[1] for name in found if name.startswith("blocks.")}):
             raise ValueError(f"its weights are not of depth {config.depth}")
         with torch.device("meta"):  # shapes without memory, whatever sizes it claims
@@ -145,7 +190,7 @@ def restore(state, device):
         if len(state["classes"]) != config.n_classes:
             raise ValueError(f"{len(state['classes'])} classes and {config.n_classes} scores")
         model = AST(config)
-        model.load_state_dict(state["model"])
+        model.load_state_dict(weights)
         return model.to(device), build_frontend(frontend).to(device)
 
 
@@ -260,7 +305,7 @@ def main(argv=None):
     folder = Path(args.out) if args.out else path.parent / split
     metrics = write_results(folder, result, manifest, state["classes"], split)
     print("\n".join(result_lines(metrics)))
-    print(f"written: {folder}/metrics.json, predictions.csv, per_class.csv, confusion.png")
+    print(f"written: {folder}/metrics.json, predictions.csv, scores.npz, per_class.csv, confusion.png")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ Reads from top to bottom: flags, then data, model, optimiser and the loop in `ma
 """
 import argparse
 import collections
+import contextlib
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -23,6 +25,7 @@ from tqdm import tqdm
 from core.checkpoint import CheckpointError, SaveTimer, link, load_checkpoint, reading, save_checkpoint
 from core.compiled import Compiled
 from core.distributed import Ranks, RanksError
+from core.ema import EMA
 from core.guard import NumbersError, diverged
 from core.memory import OutOfMemory, Pieces, largest_batch, ran_out
 from core.metrics import point_metrics
@@ -35,15 +38,16 @@ from data.augment import Augment
 from data.cache import CACHES, WaveCache, choose_cache
 from data.clips import Batch, Clips, TrainLoader, evaluation_batches
 from data.draws import DROP_PATH, PATCHOUT, uniform
-from data.manifest import DataError, Manifest
+from data.manifest import DataError, Manifest, load_manifest
 from data.prepare import cache_folder, prepare
+from data.sampling import SAMPLERS, quotas, write_heard
 from data.scan import write_bad_files
 from data.splits import split_hash, write_split
-from evaluate import Evaluation, evaluate, fail, restore, result_lines, write_results
+from evaluate import Evaluation, evaluate, fail, pooled_results, restore, result_lines, weights_of, write_results
 from losses import balanced_alpha, build_loss, soft_target
 from model.ast import AST, ASTConfig
 from model.frontend import FrontendConfig, build_frontend
-from model.groups import parameter_groups
+from model.groups import freeze_backbone, parameter_groups
 from model.pretrained import WeightsError, load_pretrained
 from report import pictures
 from sched import SHAPES, RelativeSchedule
@@ -73,12 +77,18 @@ def parse(argv=None, source=""):
     add("--data", default="demo", help="class folders, a CSV with path,label, an ESC-50 or UrbanSound8K folder, or demo")
     add("--audio-dir", help="folder that the paths of a CSV are relative to (default: the CSV's own)")
     add("--fold", type=int, help="test on this fold, validate on the next, train on the rest")
+    add("--folds", choices=("all",), help="a run for each fold of the data, then their mean; go on with the same command and "
+        "--run-dir")
     add("--min-clips", type=int, default=1, help="leave out classes with fewer clips than this")
     add("--max-bad-share", type=float, default=0.05, help="refuse to start above this share of unreadable files")
     add("--scan", default="auto", choices=("auto", "full", "headers"), help="decode every file once before training, "
         "or read headers only (auto: full up to 5,000 files)")
     add("--seconds", type=float, default=4.0, help="length of a training crop and of an evaluation tile")
     add("--short", default="repeat", choices=("repeat", "pad"), help="what becomes of clips shorter than that")
+    add("--crop", default="random", choices=("random", "active", "start"), help="where training crops of longer recordings "
+        "lie; active: the likelier the more goes on there")
+    add("--sampler", default="shuffle", choices=tuple(SAMPLERS), help="how often a class comes in an epoch: as often as it "
+        "has clips, by the root of that, or all alike")
     add("--workers", type=int, default=-1, help="processes that decode (-1: one per core, at most 8, with a GPU; 0 "
         "without)")
     add("--cache", default="auto", choices=CACHES, help="decoded audio, rounded to 16 bits of its scale: in files, in "
@@ -91,6 +101,8 @@ def parse(argv=None, source=""):
     add("--depth", type=int, help="any size: number of blocks")
     add("--heads", type=int, help="any size: attention heads")
     add("--drop-path", type=float, default=0.0, help="stochastic depth rate of the last block")
+    add("--freeze-epochs", type=int, default=0, help="epochs in which the head alone trains; as many as --epochs: a linear "
+        "probe")
     add("--checkpointing", action="store_true", help="recompute activations: less memory, about a third slower")
     add("--frontend", default="logmel", choices=("logmel", "fbank"), help="logmel: 22,050 Hz, standardised per clip; "
         "fbank: AudioSet's, 16 kHz")
@@ -110,11 +122,15 @@ def parse(argv=None, source=""):
     add("--min-lr-ratio", type=float, default=0.0, help="where the schedule ends, as a share of the base LR")
     add("--lr-backbone", type=float, default=5e-5, help="base LR of the transformer")
     add("--lr-head", type=float, default=1e-3, help="base LR of the classifier")
+    add("--layer-decay", type=float, default=1.0, help="LR of each block as a share of the next one's")
     add("--weight-decay", type=float, default=1e-2, help="AdamW's, none on biases, norms, tokens, positions")
     add("--clip-grad", type=float, default=1.0, help="largest gradient norm (0: no clipping)")
     add("--loss", default="focal", choices=("focal", "ce", "bce"), help="loss")
     add("--gamma", type=float, default=2.0, help="focal loss: focus")
     add("--alpha", default="none", help="focal loss: class weight: none, a number, or balanced by class frequency")
+    add("--logit-adjust", type=float, default=0.0, help="focal loss, cross-entropy: logits shifted by so many times the log "
+        "of the class frequency in training")
+    add("--ema", type=float, default=0.0, help="decay of an average of the weights, which is then evaluated and used (0: none)")
     add("--label-smoothing", type=float, default=0.0, help="cross-entropy: share of the target spread over all classes")
     add = parser.add_argument_group("augmentation, in training only").add_argument
     add("--freq-mask", type=int, default=0, help="SpecAugment: widest mel mask")
@@ -122,6 +138,10 @@ def parse(argv=None, source=""):
     add("--specaug-p", type=float, default=0.8, help="SpecAugment: probability per clip")
     add("--mixup-alpha", type=float, default=0.0, help="MixUp: Beta(alpha, alpha); 0 is off")
     add("--mixup-p", type=float, default=0.6, help="MixUp: probability per clip")
+    add("--gain", type=float, default=0.0, help="up to so many dB louder or softer")
+    add("--noise-p", type=float, default=0.0, help="quiet stretches of other training clips as noise: probability per clip")
+    add("--noise-snr", default="5,30", metavar="LOW,HIGH", help="dB of the clip over that noise")
+    add("--filter-p", type=float, default=0.0, help="random high-pass or low-pass: probability per clip")
     add("--patchout", type=float, default=0.0, help="share of each clip's patches left out: faster, and changes training")
     add("--shift-p", type=float, default=0.0, help="circular shift in time: probability per clip")
     add = parser.add_argument_group("run").add_argument
@@ -166,13 +186,16 @@ def check_flags(parser, args, given):
     at_least = [("effective_batch", 1), ("eval_batch_size", 1), ("epochs", 1), ("patience", 1), ("min_clips", 1),
                 ("seconds", 0.1), ("warmup_epochs", 0), ("lr_backbone", 0), ("lr_head", 0), ("weight_decay", 0),
                 ("clip_grad", 0), ("gamma", 0), ("freq_mask", 0), ("time_mask", 0), ("mixup_alpha", 0), ("workers", -1),
-                ("max_skips", 1)]
+                ("max_skips", 1), ("gain", 0), ("freeze_epochs", 0), ("logit_adjust", 0)]
     for name, low in at_least:
         if not getattr(args, name) >= low:
             parser.error(f"{flag(name)} {getattr(args, name)}: must be at least {low}")
-    for name in ("max_bad_share", "min_lr_ratio", "specaug_p", "mixup_p", "shift_p", "label_smoothing", "drop_path", "patchout"):
+    for name in ("max_bad_share", "min_lr_ratio", "specaug_p", "mixup_p", "shift_p", "label_smoothing", "drop_path", "patchout",
+                 "noise_p", "filter_p", "layer_decay", "ema"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"{flag(name)} {getattr(args, name)}: must lie in 0 to 1")
+    if args.folds and (args.fold is not None or args.smoke or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        parser.error("--folds: goes without --fold, --smoke and torchrun; leave them out")
     if args.plain:
         if args.compile != "off" or given.get("cache", "off") != "off":
             parser.error("--plain: goes without --compile and --cache; leave them out")
@@ -182,6 +205,10 @@ def check_flags(parser, args, given):
                      f"{micro_batches * size}")
     if args.warmup_epochs > args.epochs:
         parser.error(f"--warmup-epochs {args.warmup_epochs:g}: longer than the run of --epochs {args.epochs}; lower it")
+    if args.logit_adjust and args.loss == "bce":
+        parser.error("--logit-adjust: belongs to a softmax loss; use --loss focal or ce")
+    if not re.fullmatch(r"-?\d+(\.\d+)?,-?\d+(\.\d+)?", args.noise_snr):
+        parser.error(f"--noise-snr {args.noise_snr}: give two numbers, as 5,30")
     if args.alpha not in ("none", "balanced"):
         try:
             args.alpha = float(args.alpha)
@@ -225,6 +252,7 @@ class Training:
     ranks: Ranks = field(default_factory=Ranks)
     patchout: float = 0.0
     compiled: Compiled | None = None
+    ema: EMA | None = None
 
     def forward(self, spec, noise, kept):
         return (self.compiled or self.model)(spec, noise, kept)
@@ -238,10 +266,14 @@ def model_input(t, batch, epoch):
     """Waveforms -> augmented spectrograms (B, n_mels, frames) and soft labels (B, classes), on the device."""
     wave = batch.wave.to(t.precision.device, non_blocking=True)
     target = soft_target(batch.target.to(t.precision.device, non_blocking=True), t.model.config.n_classes)
-    wave = t.augment.shift(wave, epoch, batch.rows)
-    wave, target = t.augment.mixup(wave, target, epoch, batch.rows)
+    noise = None if batch.noise is None else batch.noise.to(t.precision.device, non_blocking=True)
+    wave = t.augment.louder(wave, epoch, batch.clips)
+    wave = t.augment.shift(wave, epoch, batch.clips)
+    wave = t.augment.background(wave, noise, epoch, batch.clips)
+    wave = t.augment.filtered(wave, epoch, batch.clips)
+    wave, target = t.augment.mixup(wave, target, epoch, batch.clips)
     spec = t.frontend(wave)
-    return t.augment.spec_augment(spec, t.frontend.silence(spec), epoch, batch.rows), target
+    return t.augment.spec_augment(spec, t.frontend.silence(spec), epoch, batch.clips), target
 
 
 def model_draws(t, batch, epoch, frames):
@@ -249,11 +281,11 @@ def model_draws(t, batch, epoch, frames):
     patches or None)."""
     config, noise, kept = t.model.config, None, None
     if config.drop_path > 0:
-        noise = torch.from_numpy(uniform(t.augment.seed, epoch, batch.rows, DROP_PATH, 2 * config.depth)).float()
+        noise = torch.from_numpy(uniform(t.augment.seed, epoch, batch.clips, DROP_PATH, 2 * config.depth)).float()
         noise = noise.to(t.precision.device, non_blocking=True)
     if t.patchout > 0:
         n = math.prod(config.patches(frames))
-        order = uniform(t.augment.seed, epoch, batch.rows, PATCHOUT, n).argsort(axis=1)[:, :max(1, round(n * (1 - t.patchout)))]
+        order = uniform(t.augment.seed, epoch, batch.clips, PATCHOUT, n).argsort(axis=1)[:, :max(1, round(n * (1 - t.patchout)))]
         kept = torch.from_numpy(np.sort(order, axis=1)).to(t.precision.device, non_blocking=True)
     return noise, kept
 
@@ -308,16 +340,22 @@ def train_step(t, window, epoch, clips=None):
     scaler.update()
     t.zero_grad()
     t.schedule.step(finite)
+    if t.ema:
+        t.ema.update(finite)
     return torch.stack([loss_sum, correct, grad_norm, finite, scale]), losses
 
 
 # --- the run ---
 
+def command_line(flags):
+    """The words that give these flags."""
+    return [flag(name) if value is True else f"{flag(name)}={value}" for name, value in flags.items()
+            if value is not None and value is not False]
+
+
 def stored_flags(args, given, state, run_dir):
     """The flags that a run was started with, which one on the command line may not contradict."""
-    words = [flag(name) if value is True else f"{flag(name)}={value}" for name, value in state["flags"].items()
-             if value is not None and value is not False]
-    stored = vars(parse(words, f"{state.path}: ")[0])  # what a file says is checked like what a person says
+    stored = vars(parse(command_line(state["flags"]), f"{state.path}: ")[0])  # what a file says is checked like what a person says
     for name, value in given.items():
         if name in FREE_ON_RESUME:
             stored[name] = value
@@ -327,8 +365,31 @@ def stored_flags(args, given, state, run_dir):
     return argparse.Namespace(**stored)
 
 
+def cross_validate(args, given):
+    """A run for each fold, each in a folder of its own below --run-dir; finished ones are not made again."""
+    manifest = load_manifest(args.data, args.audio_dir)
+    if manifest.fold is None:
+        raise DataError(f"--data {args.data}: has no folds; give a CSV with a column fold, or leave --folds out")
+    folder = Path(args.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{Path(args.data).stem}-folds")
+    folds = sorted(set(manifest.fold.tolist()))
+    for fold in folds:
+        here = folder / f"fold{fold}"
+        if (here / "test" / "scores.npz").exists():
+            print(f"fold {fold}: done before, {here}")
+            continue
+        print(f"\nfold {fold} of {', '.join(map(str, folds))}")
+        own = {**given, "folds": None, "fold": fold, "run_dir": here, "resume": "auto"}
+        code = main(command_line(own))
+        if code:
+            return code
+    print("\n".join(pooled_results([folder / f"fold{fold}" / "test" for fold in folds], folder)))
+    return 0
+
+
 def main(argv=None):
     args, given = parse(argv)
+    if args.folds:
+        return cross_validate(args, given)
     stop = StopRequest()
     ranks = Ranks()
     device = pick_device(args.device, ranks.local_rank)
@@ -359,7 +420,7 @@ def main(argv=None):
         model = AST(ast_config(args, len(manifest.classes)))
         frontend = build_frontend(FrontendConfig.of(args.frontend, args.fmin, args.fmax)).to(device)
     else:
-        model, frontend = restore(state, device)
+        model, frontend = restore(state, device, averaged=False)
     samples = round(args.seconds * frontend.config.sample_rate)
     weights = f"none (random, seed {args.seed})" if state is None else state["weights"]
     if state is None and args.weights != "none":
@@ -376,21 +437,25 @@ def main(argv=None):
           f"{frontend.config.sample_rate} Hz; {grid[0]} x {grid[1]} patches + 2 = {grid[0] * grid[1] + 2} tokens")
 
     # loss, optimiser, schedule
+    counts = manifest.take(rows["train"]).counts()
     alpha = None if args.alpha == "none" else args.alpha
     if alpha == "balanced":
-        alpha = balanced_alpha(manifest.take(rows["train"]).counts()).tolist()
-    loss = {"name": args.loss, "gamma": args.gamma, "alpha": alpha, "label_smoothing": args.label_smoothing}
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr_backbone, args.lr_head, args.weight_decay),
+        alpha = balanced_alpha(counts).tolist()
+    loss = {"name": args.loss, "gamma": args.gamma, "alpha": alpha, "label_smoothing": args.label_smoothing,
+            "tau": args.logit_adjust, "frequency": counts.tolist()}
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr_backbone, args.lr_head, args.weight_decay,
+                                                   args.layer_decay),
                                   fused=not args.plain, foreach=False)
     steps_per_epoch = -(-len(rows["train"]) // args.effective_batch)
     total_steps, warmup_steps = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
     lag = 1 if device.type == "cuda" and not args.plain else 0  # results of a step are read so many steps later: the GPU is never waited for
     schedule = RelativeSchedule(optimizer, warmup_steps, total_steps, args.schedule, args.min_lr_ratio,
                                 device if lag else None)
-    augment = Augment(args.freq_mask, args.time_mask, args.specaug_p, args.mixup_alpha, args.mixup_p, args.shift_p,
-                      args.seed)
+    augment = Augment(args.freq_mask, args.time_mask, args.specaug_p, args.mixup_alpha, args.mixup_p, args.shift_p, args.gain,
+                      tuple(map(float, args.noise_snr.split(","))), args.filter_p, frontend.config.sample_rate, args.seed)
     t = Training(model, frontend, augment, build_loss(**loss).to(device), optimizer, schedule, precision,
-                 args.clip_grad or float("inf"), ranks=ranks, patchout=args.patchout)
+                 args.clip_grad or float("inf"), ranks=ranks, patchout=args.patchout,
+                 ema=EMA(model, args.ema) if args.ema else None)
     if args.batch_size == "auto":
         args.batch_size = find_batch_size(t, args.effective_batch, samples)
     if args.compile != "off":
@@ -408,7 +473,8 @@ def main(argv=None):
               f"{group['weight_decay']:g}; {sum(p.numel() for p in group['params']):,} parameters")
 
     # batches
-    clips = Clips(manifest, frontend.config.sample_rate, samples, args.short, args.seed)
+    clips = Clips(manifest, frontend.config.sample_rate, samples, args.short, args.seed, crop=args.crop,
+                  noise_rows=rows["train"], noise_p=args.noise_p)
     cache = WaveCache(cache_folder(args.cache_dir) / "audio", clips.rate)
     args.cache, why = ranks.once(lambda: choose_cache(args.cache, clips.bytes, clips.longest, device, cache.folder))
     print(f"cache: {args.cache} ({why})")
@@ -418,7 +484,12 @@ def main(argv=None):
         clips.reside(device if args.cache == "device" else torch.device("cpu"), show=ranks.first and sys.stderr.isatty())
     workers = args.workers if args.workers >= 0 else min(8, torch.get_num_threads()) if device.type == "cuda" else 0
     loading = {"workers": workers, "pin": device.type == "cuda"}
-    loader = TrainLoader(clips, rows["train"], args.batch_size, args.effective_batch, args.seed, **loading)
+    loader = TrainLoader(clips, rows["train"], args.batch_size, args.effective_batch, args.seed, sampler=args.sampler, **loading)
+    if args.sampler != "shuffle":
+        often = quotas(counts, len(rows["train"]), SAMPLERS[args.sampler])
+        print(f"sampler {args.sampler}: clips of a class in an epoch, " + ", ".join(
+            f"{manifest.classes[c]} {counts[c]} -> {often[c]}" for c in np.argsort(-counts, kind="stable")[[0, len(counts) // 2, -1]])
+            + f" (most frequent, middle, rarest of {len(counts)} classes)")
     if args.smoke:
         n_val = sum(len(clips.tiles(row)) for row in rows["val"])
         ok = smoke_test(model, t.loss_fn, precision, lambda batch: model_input(t, batch, 0), loader.windows(0),
@@ -485,7 +556,8 @@ def main(argv=None):
             "clip": {"samples": samples, "short": args.short}, "classes": manifest.classes, "loss": loss,
             "manifest": manifest.to_dict(), "bad_files": bad_files, "flags": vars(args), "weights": weights,
             "device": device.type, "amp": precision.mode, "piece": t.pieces.limit, "progress": progress.to_dict(),
-            "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "scaler": precision.scaler.state_dict()}),
+            "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "scaler": precision.scaler.state_dict(),
+            "ema": t.ema and t.ema.state_dict(), "ema_updates": float(t.ema.updates) if t.ema else 0.0}),
             run_dir / "last.pt")
 
     def interrupted():
@@ -528,6 +600,8 @@ def main(argv=None):
         """The weights and moments of the best epoch, and from here on all LRs times one factor."""
         best = ranks.once(lambda: load_checkpoint(run_dir / "best.pt"))
         model.load_state_dict(best["model"])
+        if t.ema:
+            t.ema.load_state_dict(best["ema"], best["ema_updates"])
         optimizer.load_state_dict(best["optimizer"])
         precision.scaler.load_state_dict(best["scaler"])
         schedule.rescale(ROLLBACK_FACTOR)
@@ -542,6 +616,8 @@ def main(argv=None):
             print(f"early stop: {args.patience} epochs without a better {args.monitor}")
             break
         model.train()
+        t.loss_fn.train()
+        freeze_backbone(model, epoch < args.freeze_epochs)
         started = time.perf_counter() - progress.seconds
         bar = tqdm(loader.windows(epoch, progress.window, ranks.rank, ranks.size), desc=f"epoch {epoch + 1}/{args.epochs}",
                    unit="step", total=steps_per_epoch, initial=progress.window, leave=False,
@@ -569,7 +645,8 @@ def main(argv=None):
             settle(lag)
         settle()
 
-        result = score("val")
+        with t.ema.applied() if t.ema else contextlib.nullcontext():
+            result = score("val")
         if result is None:
             return interrupted()
         figures = point_metrics(result.scores, result.labels)
@@ -605,11 +682,12 @@ def main(argv=None):
 
     # the test
     print(f"test: best.pt, epoch {progress.best_epoch}")
-    model.load_state_dict(ranks.once(lambda: load_checkpoint(run_dir / "best.pt")["model"]))
+    model.load_state_dict(ranks.once(lambda: weights_of(load_checkpoint(run_dir / "best.pt"))))
     result = score("test")
     if result is None:
         return interrupted()
     if ranks.first:
+        print(write_heard(loader, progress.epoch, run_dir / "heard.csv"))
         metrics = write_results(run_dir / "test", result, manifest, manifest.classes, "test")
         print("\n".join(result_lines(metrics)))
     print(f"written: {run_dir}\nnext: python evaluate.py --ckpt {shlex.quote(str(run_dir / 'best.pt'))}")
@@ -626,6 +704,8 @@ def continue_from(state, t):
                     value.shape in (p.shape, ()) and torch.isfinite(value).all() for value in moments.values()):
                 raise ValueError("moments that are not those of its weights")
         t.schedule.load_state_dict(state["schedule"])
+        if t.ema:
+            t.ema.load_state_dict(state["ema"], state["ema_updates"])
         if state["scaler"]:  # empty where the run went without one, on another device
             t.precision.scaler.load_state_dict(state["scaler"])
         t.pieces.limit = state["piece"]

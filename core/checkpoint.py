@@ -22,8 +22,9 @@ COMMENT = len(MARK) + 64
 PARTS = {  # what train.py writes
     "model": dict, "config": dict, "frontend": dict, "clip": dict, "classes": list, "loss": dict, "manifest": dict,
     "bad_files": list, "flags": dict, "weights": str, "device": str, "amp": str, "piece": int | None, "progress": dict,
-    "optimizer": dict, "schedule": dict, "scaler": dict,
+    "optimizer": dict, "schedule": dict, "scaler": dict, "ema": dict | None, "ema_updates": float,
 }
+LATER = {"ema": None, "ema_updates": 0.0}  # parts that older checkpoints lack, and what that means
 
 
 class CheckpointError(ValueError):
@@ -186,7 +187,7 @@ def load_checkpoint(path):
     if state.get("version") != VERSION:
         raise CheckpointError(f"{path}: checkpoint version {state.get('version')!r:.20}, this program reads {VERSION}; "
                               "use the program version that wrote it")
-    state = Parts(path, state)
+    state = Parts(path, LATER | state)
     with reading(path):
         _check_parts(state)
     return state
@@ -198,16 +199,18 @@ def _check_parts(state):
     for name, kind in PARTS.items():
         if name in state and not isinstance(state[name], kind):
             raise ValueError(f"its {name} is a {type(state[name]).__name__}")
-    model = {}
-    for name, value in state.get("model", {}).items():
-        name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
-        if value.layout is not torch.strided or value.is_meta or not value.is_contiguous() or not value.is_floating_point():
-            raise ValueError(f"{name[:60]} is no plain tensor")
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{name[:60]} has values that are not finite")
-        model[name] = value
-    if "model" in state:
-        state["model"] = model
+    for part in ("model", "ema"):
+        if state.get(part) is not None:
+            state[part] = dict(_weight(*item) for item in state[part].items())
+
+
+def _weight(name, value):
+    name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
+    if value.layout is not torch.strided or value.is_meta or not value.is_contiguous() or not value.is_floating_point():
+        raise ValueError(f"{name[:60]} is no plain tensor")
+    if not torch.isfinite(value).all():
+        raise ValueError(f"{name[:60]} has values that are not finite")
+    return name, value
 
 
 @contextlib.contextmanager

@@ -89,6 +89,24 @@ def per_class(scores, labels, n_classes):
     return rows
 
 
+def recall_by_frequency(scores, labels, train_counts):
+    """Mean recall over the third of the classes with the most training clips (head), the middle and the last third
+    (tail; Z. Liu et al., "Large-Scale Long-Tailed Recognition", 2019, with thirds for fixed bounds).
+
+    scores (n, C), labels (n,), train_counts (C,). Classes without clips in the labels do not count.
+    Returns {"recall_head", "recall_middle", "recall_tail"}; a third without clips is None.
+    """
+    scores, labels = _checked(scores, labels)
+    matrix = confusion(labels, scores.argmax(axis=1), scores.shape[1])
+    recall = _ratio(np.diag(matrix), matrix.sum(axis=1))
+    thirds = np.array_split(np.argsort(-np.asarray(train_counts), kind="stable"), 3)
+    means = {}
+    for name, classes in zip(("head", "middle", "tail"), thirds, strict=True):
+        there = recall[classes][np.isfinite(recall[classes])]
+        means[f"recall_{name}"] = float(there.mean()) if len(there) else None
+    return means
+
+
 def confusion(labels, predictions, n_classes):
     """(n,) true and (n,) predicted class indices -> (C, C) counts; rows are the truth."""
     labels = _class_indices(labels, n_classes, "labels")

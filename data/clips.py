@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from .audio import AudioError, fit, read, tile_starts
 from .cache import LONGEST, Resident
-from .draws import CROP, ORDER, uniform
+from .draws import CROP, NOISE, uniform
+from .sampling import SAMPLERS, epoch_order, epoch_windows
 
 
 @dataclass
@@ -21,34 +22,81 @@ class Batch:
     rows: np.ndarray  # (B,) row of each clip in the manifest
     broken: list  # [(row, reason)] of clips that could not be read and are not in the batch
     trouble: str | None = None  # why decoded audio is not kept any more
+    noise: torch.Tensor | None = None  # (B, samples) float32 of other clips, zeros where there is to be none
+    clips: np.ndarray | None = None  # (B,) what random numbers go by: the row, another number when it comes again
+
+    def __post_init__(self):
+        self.clips = self.rows if self.clips is None else self.clips
 
     def pin_memory(self):
         """The same in page-locked memory, from which a GPU copies without the host waiting; DataLoader calls it."""
-        return replace(self, wave=self.wave.pin_memory(), target=self.target.pin_memory())
+        return replace(self, wave=self.wave.pin_memory(), target=self.target.pin_memory(),
+                       noise=None if self.noise is None else self.noise.pin_memory())
 
 
 class Clips(Dataset):
     """Waveforms of `samples` samples at `rate` Hz, by (row, start) with start in samples from the row's
-    own beginning, or by (row, -1 - epoch) for the training crop of that epoch.
+    own beginning, or by (clip, -1 - epoch) for the training crop of that epoch, where clip is a row or, for the
+    k-th time in an epoch, row + k * len(clips).
 
     short: "repeat" or "pad", see audio.fit. cache: a WaveCache, or None to decode the wanted stretch each time.
+    crop: where training crops lie: "random", "start", or "active": the likelier the more goes on there.
+    noise_rows: rows to take background noise from for a share noise_p of the training clips.
     """
 
-    def __init__(self, manifest, rate, samples, short="repeat", seed=0, cache=None):
+    def __init__(self, manifest, rate, samples, short="repeat", seed=0, cache=None, crop="random", noise_rows=(), noise_p=0.0):
         if short not in ("repeat", "pad"):
             raise ValueError(f"short is {short!r}: repeat or pad")
         self.manifest, self.rate, self.samples, self.short, self.seed = manifest, rate, samples, short, seed
-        self.cache, self.resident = cache, None
+        self.cache, self.resident, self.crop = cache, None, crop
+        self.noise_rows, self.noise_p = np.asarray(noise_rows, np.int64), noise_p
         self.begin = np.round(manifest.start.astype(np.float64) * rate).astype(np.int64)
         self.total = np.maximum(1, np.round(manifest.duration.astype(np.float64) * rate).astype(np.int64))
+        self._activity = {}  # row -> what goes on in each of its blocks, added up from its beginning
 
     def __len__(self):
         return len(self.manifest)
 
-    def crop_start(self, rows, epoch):
-        """(n,) starts of the training crops of (n,) rows: anywhere that they fit, another place each epoch."""
+    def crop_start(self, clips, epoch):
+        """(n,) starts of the training crops of (n,) clips: another place each epoch, unless crop is "start"."""
+        clips = np.asarray(clips, np.int64)
+        rows = clips % len(self)
         spare = np.maximum(0, self.total[rows] - self.samples)
-        return (uniform(self.seed, epoch, rows, CROP, 1)[:, 0] * (spare + 1)).astype(np.int64)
+        if self.crop == "start":
+            return np.zeros_like(spare)
+        u = uniform(self.seed, epoch, clips, CROP, 1)[:, 0]
+        starts = (u * (spare + 1)).astype(np.int64)
+        if self.crop == "active":
+            for i in np.flatnonzero(spare):
+                starts[i] = self._active_start(int(rows[i]), u[i], int(spare[i]))
+        return starts
+
+    def _active_start(self, row, u, spare):
+        """A start drawn in proportion to the activity of what would be heard; anywhere where nothing goes on."""
+        size = self.rate // 20
+        summed = self._activity.get(row)
+        if summed is None:
+            try:
+                summed = self._activity[row] = activity(self._whole(row), size)
+            except AudioError:  # whoever reads it says so
+                summed = np.zeros(1)
+        first = np.arange(spare // size + 1)
+        last = np.minimum(first + self.samples // size, len(summed) - 1)
+        weight = np.cumsum(np.maximum(0, summed[last] - summed[np.minimum(first, last)]) + 1e-3)
+        at = u * weight[-1]
+        block = int(np.searchsorted(weight, at, side="right"))
+        below = weight[block - 1] if block else 0.0
+        return min(spare, int((block + (at - below) / (weight[block] - below)) * size))
+
+    def _whole(self, row):
+        """(samples,) float32 of a whole row."""
+        file, begin, total = self.manifest.file(row), int(self.begin[row]), int(self.total[row])
+        if total > LONGEST * self.rate:
+            raise AudioError("too long to be looked at whole")
+        if self.cache is None:
+            return read(file, self.rate, begin, total)
+        samples, scale = self.cache.read(file, begin, total)
+        return samples * np.float32(scale)
 
     def tiles(self, row):
         return tile_starts(int(self.total[row]), self.samples)
@@ -69,28 +117,48 @@ class Clips(Dataset):
             self.manifest.file(row), int(self.begin[row]), int(self.total[row])), device, show)
 
     def batch(self, keys):
-        """A Batch of the keys (row, start) or (row, -1 - epoch)."""
-        rows, starts = np.array(keys, np.int64).reshape(-1, 2).T
-        for epoch in np.unique(-1 - starts[starts < 0]):
+        """A Batch of the keys (row, start) or (clip, -1 - epoch)."""
+        clips, starts = np.array(keys, np.int64).reshape(-1, 2).T
+        rows, noise = clips % len(self), None
+        for epoch in np.unique(-1 - starts[starts < 0]).tolist():
             of_epoch = starts == -1 - epoch
-            starts[of_epoch] = self.crop_start(rows[of_epoch], int(epoch))
+            starts[of_epoch] = self.crop_start(clips[of_epoch], epoch)
+            if self.noise_p and len(self.noise_rows):  # training batches are of one epoch
+                noise = self._noise(clips, epoch)
+        wave, good, broken = self._waves(rows, starts)
+        rows = rows[good]
+        return Batch(wave, torch.from_numpy(self.manifest.labels[rows].astype(np.int64)), rows, broken,
+                     self.cache and self.cache.trouble, None if noise is None else noise[torch.from_numpy(good)], clips[good])
+
+    def _waves(self, rows, starts):
+        """(good, samples) float32, a mask of the good ones among the rows, and [(row, reason)] of the others."""
         if self.resident is not None:
             broken = [(row, self.resident.reasons[row]) for row in rows.tolist() if row in self.resident.reasons]
             good = ~np.isin(rows, [row for row, _ in broken])
             rows, starts = rows[good], starts[good]
-            wave = self.resident.cut(rows, starts, np.minimum(self.samples, self.total[rows] - starts), self.samples,
-                                     self.short)
-        else:
-            wave, good, broken = np.empty((len(rows), self.samples), np.float32), [], []
-            for row, start in zip(rows.tolist(), starts.tolist(), strict=True):
-                try:
-                    wave[len(good)] = fit(self._read(row, start), self.samples, self.short)
-                    good.append(row)
-                except AudioError as error:
-                    broken.append((row, str(error)))
-            rows, wave = np.array(good, np.int64), torch.from_numpy(wave[:len(good)])
-        return Batch(wave, torch.from_numpy(self.manifest.labels[rows].astype(np.int64)), rows, broken,
-                     self.cache and self.cache.trouble)
+            return self.resident.cut(rows, starts, np.minimum(self.samples, self.total[rows] - starts), self.samples,
+                                     self.short), good, broken
+        wave, good, broken = np.empty((len(rows), self.samples), np.float32), np.ones(len(rows), bool), []
+        for i, (row, start) in enumerate(zip(rows.tolist(), starts.tolist(), strict=True)):
+            try:
+                wave[i] = fit(self._read(row, start), self.samples, self.short)
+            except AudioError as error:
+                good[i] = False
+                broken.append((row, str(error)))
+        return torch.from_numpy(wave if good.all() else wave[good]), good, broken
+
+    def _noise(self, clips, epoch):
+        """(B, samples) float32: a crop of another clip for each, zeros for those that go without."""
+        u = uniform(self.seed, epoch, clips, NOISE, 3)
+        i = (u[:, 1] * len(self.noise_rows)).astype(np.int64)
+        i += self.noise_rows[i] == clips % len(self)  # not of itself
+        rows = self.noise_rows[i % len(self.noise_rows)]
+        starts = (u[:, 2] * (np.maximum(0, self.total[rows] - self.samples) + 1)).astype(np.int64)
+        wanted = u[:, 0] < self.noise_p
+        found, good, _ = self._waves(rows[wanted], starts[wanted])  # a broken one is named when its own turn comes
+        noise = found.new_zeros(len(clips), self.samples)
+        noise[torch.from_numpy(np.flatnonzero(wanted)[good])] = found
+        return noise
 
     __getitems__ = batch  # what DataLoader asks for a batch of
 
@@ -104,31 +172,24 @@ class Clips(Dataset):
         return samples * np.float32(scale)
 
 
+def activity(wave, size):
+    """(samples,) -> (samples // size + 1,): how far each block of `size` samples lies above the quiet blocks of the
+    recording (3 dB over its lowest fifth, at most 30 dB more), in dB, added up from the beginning."""
+    blocks = wave[:len(wave) // size * size].reshape(-1, size)
+    level = 10 * np.log10(np.square(blocks, dtype=np.float32).mean(axis=1) + 1e-10)
+    floor = np.quantile(level, 0.2) + 3 if len(level) else 0
+    return np.concatenate([[0.0], np.cumsum(np.clip(level - floor, 0, 30))])
+
+
 def _same(batch):
     return batch
-
-
-def epoch_order(rows, seed, epoch):
-    """The rows in the order of that epoch: each exactly once."""
-    rows = np.asarray(rows)
-    return rows[np.argsort(uniform(seed, epoch, rows, ORDER, 1)[:, 0], kind="stable")]
-
-
-def epoch_windows(order, batch_size, effective_batch):
-    """Cut an epoch's order into windows of `effective_batch` clips, one optimiser step each, and those into
-    micro-batches of `batch_size`; the last window and micro-batch may be smaller, nothing is dropped.
-
-    Returns a list of windows, each a list of micro-batches, each a list of rows.
-    """
-    windows = [order[i:i + effective_batch] for i in range(0, len(order), effective_batch)]
-    return [[window[i:i + batch_size].tolist() for i in range(0, len(window), batch_size)] for window in windows]
 
 
 class TrainLoader:
     """Windows of training micro-batches, epoch by epoch, from any window on."""
 
-    def __init__(self, clips, rows, batch_size, effective_batch, seed=0, workers=0, pin=False):
-        self.clips, self.rows, self.seed = clips, np.asarray(rows), seed
+    def __init__(self, clips, rows, batch_size, effective_batch, seed=0, workers=0, pin=False, sampler="shuffle"):
+        self.clips, self.rows, self.seed, self.power = clips, np.asarray(rows), seed, SAMPLERS[sampler]
         self.batch_size, self.effective_batch = batch_size, effective_batch
         self._keys = []  # the loader reads this list anew for each epoch, its workers live on
         self._loader = DataLoader(clips, batch_sampler=_Live(self._keys), collate_fn=_same, num_workers=workers,
@@ -138,13 +199,17 @@ class TrainLoader:
     def steps_per_epoch(self):
         return -(-len(self.rows) // self.effective_batch)
 
+    def order(self, epoch):
+        """The clips of an epoch, see sampling.epoch_order."""
+        return epoch_order(self.rows, self.seed, epoch, self.clips.manifest.labels[self.rows], self.power, len(self.clips))
+
     def windows(self, epoch, start=0, rank=0, ranks=1):
         """Yield the windows of an epoch (counted from 0), from window `start` on: lists of Batch. Of each window
         rank r of n gets the micro-batches r, r + n, r + 2n ..., so what a micro-batch holds does not depend
         on the number of ranks."""
-        plan = epoch_windows(epoch_order(self.rows, self.seed, epoch), self.batch_size, self.effective_batch)[start:]
+        plan = epoch_windows(self.order(epoch), self.batch_size, self.effective_batch)[start:]
         plan = [window[rank::ranks] for window in plan]
-        self._keys[:] = [[(row, -1 - epoch) for row in micro] for window in plan for micro in window]
+        self._keys[:] = [[(clip, -1 - epoch) for clip in micro] for window in plan for micro in window]
         batches = map(self.clips.batch, list(self._keys)) if self.clips.resident else iter(self._loader)
         for window in plan:
             yield [next(batches) for _ in window]

@@ -5,7 +5,7 @@ number of workers or ranks, and whether the run was interrupted before it.
 """
 import numpy as np
 
-CROP, MIX, SPECAUGMENT, DROP_PATH, ORDER, SHIFT, PATCHOUT = range(7)  # purposes: streams that never share a number
+CROP, MIX, SPECAUGMENT, DROP_PATH, ORDER, SHIFT, PATCHOUT, GAIN, NOISE, FILTER = range(10)  # purposes: streams that never share a number
 
 
 def uniform(seed, epoch, clips, purpose, count):

@@ -67,12 +67,30 @@ def balanced_alpha(counts):
     return (counts.sum() / (len(counts) * counts.clamp(min=1))).float()
 
 
-def build_loss(name, gamma=2.0, alpha=None, label_smoothing=0.0, class_counts=None):
-    """The loss that the flags name; alpha is None, a number or "balanced" (needs class_counts (C,))."""
-    if name == "focal":
-        return FocalLoss(gamma, balanced_alpha(class_counts) if alpha == "balanced" else alpha)
-    if name == "ce":
-        return CrossEntropy(label_smoothing)
+class Adjusted(nn.Module):
+    """A softmax loss on logits + tau * log(class frequency) in training, and on the logits alone in evaluation: what the
+    model learns then ranks classes as if all were equally frequent (A. K. Menon et al., "Long-tail learning via logit
+    adjustment", 2021). frequency: (C,), any scale; a class without clips counts as one with a single clip.
+    """
+
+    def __init__(self, loss, tau, frequency):
+        super().__init__()
+        self.loss = loss
+        frequency = torch.as_tensor(frequency, dtype=torch.float64).clamp(min=1)
+        self.register_buffer("shift", (tau * (frequency / frequency.sum()).log()).float(), persistent=False)
+
+    def forward(self, logits, target):
+        return self.loss(logits.float() + self.shift if self.training else logits, target)
+
+
+def build_loss(name, gamma=2.0, alpha=None, label_smoothing=0.0, tau=0.0, frequency=None):
+    """The loss that the flags name. alpha: None, a number or (C,) class weights; tau: strength of the logit adjustment to
+    the class frequencies (C,), 0 for none."""
     if name == "bce":
+        if tau:
+            raise ValueError("logit adjustment belongs to a softmax loss; use focal or ce")
         return BCE()
-    raise ValueError(f"loss {name!r}: focal, ce or bce")
+    if name not in ("focal", "ce"):
+        raise ValueError(f"loss {name!r}: focal, ce or bce")
+    loss = FocalLoss(gamma, alpha) if name == "focal" else CrossEntropy(label_smoothing)
+    return Adjusted(loss, tau, frequency) if tau else loss

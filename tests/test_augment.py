@@ -72,3 +72,60 @@ def test_shift_turns_each_clip_by_its_own_amount():
     assert all(torch.equal(o, torch.roll(w, int(k))) for o, w, k in zip(out, wave, by, strict=True))
     assert 0.42 < (by > 0).float().mean() < 0.58 and len(by.unique()) > 40
     assert torch.equal(out[7:9], Augment(shift_p=0.5).shift(wave[7:9], 2, [7, 8]))
+
+
+def test_gain_lies_within_its_decibels():
+    wave = torch.randn(500, 100)
+    out = Augment(gain=6.0).louder(wave, 0, np.arange(500))
+    db = 20 * (out / wave).mean(1).log10()
+    torch.testing.assert_close(out, wave * 10 ** (db / 20)[:, None])
+    assert stats.kstest(db.numpy(), stats.uniform(-6, 12).cdf).pvalue > 1e-3
+
+
+def test_background_is_the_quietest_stretch_at_the_drawn_ratio():
+    generator = torch.Generator().manual_seed(0)
+    wave = torch.randn(200, 8000, generator=generator)
+    noise = torch.randn(200, 8000, generator=generator)
+    noise[:, 3000:4500] *= 0.01
+    noise[100:, 3000:4500] = 0  # digital silence is no noise
+    noise[150:] = 0
+    augment = Augment(noise_snr=(0.0, 20.0))
+    added = (augment.background(wave, noise, 2, np.arange(200)) - wave).double()
+    snr = 10 * (wave.double().square().mean(1) / added.square().mean(1)).log10()
+    assert -0.6 < snr[:150].min() and snr[:150].max() < 20.6 and snr[:150].std() > 4
+    assert (added[150:] == 0).all()
+    stretch = added[:, :1000] / added[:, :1000].abs().amax(1, keepdim=True)
+    for i in (0, 7, 120):  # found again in the noise, and turned around after it
+        fits = [j for j in range(0, 7001) if torch.corrcoef(torch.stack([noise[i, j:j + 1000].double(), stretch[i]]))[0, 1] > 0.99]
+        assert len(fits) == 1 and (3000 <= fits[0] <= 3500 if i < 100 else not 2000 < fits[0] < 4500)
+        torch.testing.assert_close(added[i, 1000:2000].flip(0), added[i, :1000], atol=1e-4, rtol=1e-3)
+    assert torch.equal(augment.background(wave, None, 2, np.arange(200)), wave)
+
+
+def test_filters_against_scipys_butterworth():
+    from scipy.signal import butter, freqz
+    rate, samples = 16000, 16000
+    impulse = torch.zeros(300, samples)
+    impulse[:, 0] = 1
+    out = Augment(filter_p=0.7, rate=rate).filtered(impulse, 0, np.arange(300))
+    response = torch.fft.rfft(out.double()).abs().numpy()
+    hz = np.arange(samples // 2 + 1)
+    untouched = np.abs(response - 1).max(1) < 1e-4
+    assert 0.2 < untouched.mean() < 0.4
+    kinds = {"low": 0, "high": 0}
+    for one in response[~untouched]:
+        kind = "low" if one[0] > 0.5 else "high"
+        cutoff = hz[np.argmin(np.abs(one - 0.5**0.5))]
+        assert (1000 <= cutoff <= 5334) if kind == "low" else (49 <= cutoff <= 1001)
+        kinds[kind] += 1
+        at = hz[(hz > 10) & (hz < 6000)]  # above, the digital filter's response is warped
+        b, a = butter(2, cutoff, kind, fs=rate)
+        want = np.abs(freqz(b, a, at, fs=rate)[1])
+        if cutoff < 1500:
+            assert np.abs(one[at] - want).max() < 0.06
+    assert min(kinds.values()) > 70
+
+
+def test_what_is_off_changes_nothing():
+    wave = torch.randn(3, 1000)
+    assert Augment().louder(wave, 0, np.arange(3)) is wave and Augment().filtered(wave, 0, np.arange(3)) is wave

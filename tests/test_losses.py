@@ -66,3 +66,32 @@ def test_soft_target_and_unknown_names():
     assert torch.equal(soft_target(torch.tensor([1]), 3), torch.tensor([[0.0, 1.0, 0.0]]))
     with pytest.raises(ValueError, match="focal, ce or bce"):
         build_loss("mse")
+
+
+@pytest.mark.parametrize("name", ["focal", "ce"])
+def test_logit_adjustment_by_its_formula(name):
+    counts, tau = [70, 20, 9, 1, 0], 1.5
+    loss = build_loss(name, tau=tau, frequency=counts)
+    shift = tau * np.log(np.array([70, 20, 9, 1, 1]) / 101)
+    torch.testing.assert_close(loss(LOGITS, HARD), build_loss(name)(LOGITS + torch.tensor(shift).float(), HARD))
+    loss.eval()
+    assert torch.equal(loss(LOGITS, HARD), build_loss(name)(LOGITS, HARD))
+    with pytest.raises(ValueError, match="softmax"):
+        build_loss("bce", tau=1.0, frequency=counts)
+
+
+def test_logit_adjustment_makes_the_best_scores_those_of_equal_classes():
+    """One feature without any information, classes 9 : 1. Cross-entropy learns the frequencies, adjusted it learns none."""
+    target = torch.tensor([0] * 9 + [1])
+    for tau, want in ((0.0, np.log(9)), (1.0, 0.0)):
+        bias = torch.zeros(2, requires_grad=True)
+        loss = build_loss("ce", tau=tau, frequency=[9, 1])
+        optimizer = torch.optim.LBFGS([bias], max_iter=50)
+
+        def closure(bias=bias, loss=loss, optimizer=optimizer):
+            optimizer.zero_grad()
+            value = loss(bias.expand(10, -1), target).mean()
+            value.backward()
+            return value
+        optimizer.step(closure)
+        assert (bias[0] - bias[1]).item() == pytest.approx(want, abs=1e-2)

@@ -15,7 +15,8 @@ from report import pictures
 TINY = ["--weights", "none", "--dim", "16", "--depth", "1", "--heads", "2", "--seconds", "0.9", "--device", "cpu", "--amp",
         "off", "--lr-backbone", "1e-3", "--lr-head", "2e-3", "--epochs", "2", "--batch-size", "2", "--effective-batch", "6",
         "--warmup-epochs", "0.5", "--freq-mask", "8", "--time-mask", "8", "--mixup-alpha", "0.4", "--drop-path", "0.2",
-        "--save-every", "0"]
+        "--save-every", "0", "--ema", "0.8", "--sampler", "sqrt", "--crop", "active", "--noise-p", "0.5", "--gain", "6",
+        "--filter-p", "0.5", "--patchout", "0.3", "--layer-decay", "0.8", "--logit-adjust", "0.5", "--freeze-epochs", "1"]
 TIMED = ("seconds", "clips_per_second", "peak_memory_mb")  # columns that may differ between equal runs
 
 
@@ -61,7 +62,7 @@ def outcome(run):
     """All that must be the same in two equal runs: the rows of its files and a hash of its final state."""
     state = load_checkpoint(run / "last.pt")
     digest = hashlib.sha256()
-    for part in (state["model"], *state["optimizer"]["state"].values()):
+    for part in (state["model"], state["ema"] or {}, *state["optimizer"]["state"].values()):
         for key in sorted(part):
             digest.update(part[key].float().numpy().tobytes())
     progress = {name: value for name, value in state["progress"].items() if name != "seconds"}
@@ -113,7 +114,7 @@ class Scaled(Precision):
     def scaler(self):
         return self.kept
 
-    def on(self, device):
+    def on(self, device, plain=False):
         return self
 
 

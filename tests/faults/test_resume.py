@@ -83,6 +83,8 @@ def forget_moments(state):
     pytest.param(lambda state: state["scaler"].update(scale=2.0**10, _growth_tracker=0), id="scaler"),
     pytest.param(lambda state: state["schedule"].update(steps=0), id="schedule"),
     pytest.param(forget_moments, id="moments"),
+    pytest.param(lambda state: state["ema"].update(state["model"]), id="averages"),
+    pytest.param(lambda state: state.update(ema_updates=0.0), id="updates of the averages"),
     pytest.param(lambda state: state["progress"].update(loss_sum=0.0), id="sums of the epoch"),
 ])
 def test_what_is_left_out_of_a_checkpoint_is_missed(edit, untouched, tones, tmp_path, monkeypatch):
