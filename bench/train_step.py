@@ -20,7 +20,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from common import in_turn, matrix_rate, report, spread
+from common import in_turn, matrix_rate, report, spread, wait
 from transformers import ASTConfig as HubConfig
 from transformers import ASTForAudioClassification
 
@@ -175,6 +175,20 @@ def peak_memory(name):
     return float(out.split()[-1])
 
 
+def profiled(side, device):
+    """Lines of the five operations that a step of one side spends the most time in."""
+    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
+    side.step()
+    with torch.profiler.profile(activities=kinds) as seen:
+        side.step()
+        wait(device)
+    spent = {event.key: event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+             for event in seen.key_averages()}
+    total = sum(spent.values())
+    return [f"  {name:<60} {time / total:.1%} of {total / 1e6:.2f} s" for name, time in
+            sorted(spent.items(), key=lambda item: -item[1])[:5]]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", default="base", choices=SIZES)
@@ -185,6 +199,7 @@ def main():
     parser.add_argument("--earlier", action="store_true", help="with the earlier system's way, which takes minutes a step")
     parser.add_argument("--compile", choices=("default", "graphs"), help="with this project's compiled, as train.py --compile")
     parser.add_argument("--patchout", type=float, help="with this share of the patches left out, which changes training")
+    parser.add_argument("--profile", action="store_true", help="print where a step of this project spends its time, and stop")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"))
     parser.add_argument("--memory-of", metavar="SIDE", help=argparse.SUPPRESS)
@@ -200,6 +215,9 @@ def main():
         for _ in range(2):
             side.step()
         print(peak_memory_mb(device))
+        return
+    if args.profile:
+        print("\n".join(profiled(ours(specs, target, args.size, precision), device)))
         return
     memory = {name: peak_memory(name) for name in makers(args)}
     sides = {name: make(specs, target, args.size, precision) for name, make in makers(args).items()}

@@ -30,7 +30,7 @@ def spoil(steps, how):
         def train_step(t, window, *rest):
             seen[0] += 1
             if how == "gradient" and seen[0] in steps:
-                hook = next(t.model.parameters()).register_hook(lambda grad: grad * math.inf)
+                hook = t.model.head[1].weight.register_hook(lambda grad: grad * math.inf)
                 try:
                     return real_step(t, window, *rest)
                 finally:
@@ -232,10 +232,10 @@ class Forward(torch.nn.Module):
         super().__init__()
         self.model, self.fits, self.config = model, fits, model.config
 
-    def forward(self, spec, noise=None):
+    def forward(self, spec, *draws):
         if len(spec) > self.fits:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-        return self.model(spec, noise)
+        return self.model(spec, *draws)
 
 
 def training(fits=None, where="forward"):
@@ -257,12 +257,12 @@ class Backward(torch.nn.Module):
         super().__init__()
         self.model, self.fits, self.config = model, fits, model.config
 
-    def forward(self, spec, noise=None):
+    def forward(self, spec, *draws):
         if len(spec) <= self.fits:
-            return self.model(spec, noise)
+            return self.model(spec, *draws)
         middle = self.model.blocks[1].register_forward_pre_hook(lambda _, inputs: (Bomb.apply(inputs[0]), *inputs[1:]))
         try:
-            return self.model(spec, noise)
+            return self.model(spec, *draws)
         finally:
             middle.remove()
 
@@ -356,10 +356,10 @@ def memory_for(fits):
     def prepare(patch):
         real = AST.forward
 
-        def forward(self, spec, noise=None):
+        def forward(self, spec, *draws):
             if len(spec) > fits and self.training:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return real(self, spec, noise)
+            return real(self, spec, *draws)
         patch.setattr(AST, "forward", forward)
     return prepare
 
