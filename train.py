@@ -448,7 +448,7 @@ def main(argv=None):
                                   fused=not args.plain, foreach=False)
     steps_per_epoch = -(-len(rows["train"]) // args.effective_batch)
     total_steps, warmup_steps = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
-    lag = 1 if device.type == "cuda" and not args.plain else 0  # results of a step are read so many steps later: the GPU is never waited for
+    lag = 1 if device.type == "cuda" and not args.plain else 0  # steps until the results of one are read: no wait for a GPU
     schedule = RelativeSchedule(optimizer, warmup_steps, total_steps, args.schedule, args.min_lr_ratio,
                                 device if lag else None)
     augment = Augment(args.freq_mask, args.time_mask, args.specaug_p, args.mixup_alpha, args.mixup_p, args.shift_p, args.gain,
