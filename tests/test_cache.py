@@ -234,3 +234,14 @@ def test_the_choice(tmp_path, monkeypatch):
     assert [choose_cache("device", size, 10, gpu, folder)[0] for size in (4 * 10**9, 5 * 10**9)] == ["device", "disk"]
     monkeypatch.setattr(shutil, "disk_usage", no_space)
     assert choose_cache("auto", 10**6, 10, cpu, folder)[0] == "off"
+
+
+def test_pinning_keeps_everything(manifest, monkeypatch):
+    """What DataLoader calls on a batch; a tensor that it did not know stayed unpinned."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 0)
+    clips = Clips(manifest, RATE, 4800, noise_rows=[0, 1], noise_p=1.0)
+    batch = clips.batch([(2, -1), (3, -1)])
+    pinned = batch.pin_memory()
+    for name in ("wave", "target", "noise"):
+        assert torch.equal(getattr(pinned, name), getattr(batch, name)) and getattr(pinned, name) is not getattr(batch, name)
+    assert pinned.rows is batch.rows and pinned.clips is batch.clips and pinned.broken == batch.broken

@@ -1,13 +1,17 @@
 """What only a CUDA device can show; skipped without one. Run alone: python -m pytest -m gpu"""
 import numpy as np
 import pytest
+import soundfile as sf
 import torch
 
 import train
 from core.memory import Pieces
 from core.precision import Precision
 from data.augment import Augment
-from data.clips import Batch
+from data.cache import WaveCache
+from data.clips import Batch, Clips, evaluation_batches
+from data.manifest import load_manifest
+from data.scan import scan
 from losses import FocalLoss
 from model.ast import AST, ASTConfig
 from model.frontend import FrontendConfig, build_frontend
@@ -83,3 +87,30 @@ def test_running_out_of_real_memory_splits_the_micro_batch():
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert t.pieces.limit in (96, 48)
     torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-3)
+
+
+def test_loaded_batches_are_pinned_and_resident_ones_are_the_same(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        sf.write(tmp_path / "ab"[i % 2] / f"{i}.wav", 0.3 * rng.standard_normal(8000 + 1000 * i), 16000)
+    manifest = load_manifest(tmp_path)
+    manifest.duration = scan(manifest, None, full=False).duration
+    clips = Clips(manifest, 16000, 9000, cache=WaveCache(tmp_path / "cache", 16000))
+    loaded = list(evaluation_batches(clips, np.arange(6), 4, pin=True))
+    assert all(batch.wave.is_pinned() and batch.target.is_pinned() for batch in loaded)
+    clips.reside(torch.device("cuda"))
+    for batch, other in zip(loaded, evaluation_batches(clips, np.arange(6), 4), strict=True):
+        assert other.wave.is_cuda and torch.equal(other.wave.cpu(), batch.wave)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_compiled_steps_are_the_plain_ones(graphs):
+    figures = []
+    for compiled in (False, True):
+        t, window = training("cuda", torch.bfloat16)
+        if compiled:
+            train.compile_model(t, 4, 22050 * 2, graphs)
+            assert t.compiled is not None
+        figures.append(torch.stack([train.train_step(t, window, step)[0].cpu() for step in range(4)]))
+    torch.testing.assert_close(*figures, rtol=3e-2, atol=3e-2)
