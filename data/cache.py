@@ -21,8 +21,8 @@ from .audio import AudioError, fit, read, stretch
 
 LONGEST = 30 * 60  # seconds: of longer recordings only the wanted stretch is decoded, each time
 RESERVE = 2 << 30  # bytes left free on the disk: checkpoints have to find room
-HEAD = struct.Struct("<8s4qdI12x")  # magic, source size, mtime and inode, samples, scale, CRC-32 of the samples
-MAGIC = b"warble 1"
+HEAD = struct.Struct("<8s4qdI12x")  # magic, source size, mtime and inode, samples, scale, CRC-32 of all the rest
+MAGIC = b"warble 2"
 CACHES = ("auto", "off", "disk", "ram", "device")
 THREADS = min(8, 2 * (os.cpu_count() or 1))
 
@@ -86,7 +86,7 @@ class WaveCache:
                 return None
             mark = int(entry.name[:14], 16) ^ checksum
             if mark not in self._checked:
-                if zlib.crc32(os.pread(handle, 2 * frames, HEAD.size)) != checksum:
+                if _checksum(source, scale, os.pread(handle, 2 * frames, HEAD.size)) != checksum:
                     return None
                 self._checked.add(mark)
             first, last = stretch(frames, start, length, self.rate)
@@ -106,7 +106,7 @@ class WaveCache:
                 raise OSError(f"less than {RESERVE >> 30} GB would be left on the disk")
             handle, temporary = tempfile.mkstemp(dir=entry.parent, prefix="new.")
             with open(handle, "wb") as file:
-                file.write(HEAD.pack(MAGIC, *state, len(clip), scale, zlib.crc32(clip)) + clip.tobytes())
+                file.write(HEAD.pack(MAGIC, *state, len(clip), scale, _checksum(state, scale, clip)) + clip.tobytes())
             os.replace(temporary, entry)
         except OSError as error:
             self.write, self.trouble = False, f"{self.folder}: {error.strerror or error}; decoded audio is kept no more"
@@ -114,9 +114,13 @@ class WaveCache:
                 os.unlink(temporary)
 
 
+def _checksum(state, scale, samples):
+    return zlib.crc32(samples, zlib.crc32(struct.pack("<3qd", *state, scale)))
+
+
 def _state(raw):
     status = os.stat(raw)
-    return status.st_size, status.st_mtime_ns, status.st_ino
+    return status.st_size, status.st_mtime_ns, status.st_ino & (2**63 - 1)
 
 
 class Resident:

@@ -128,7 +128,7 @@ def test_a_changed_recording_is_decoded_anew(manifest, tmp_path):
     assert not torch.equal(clips.batch([(5, 0)]).wave, old) and entries(folder) == there  # it took the old one's place
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "flip", "head", "zeros", "longer", "a folder"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "flip", "head", "scale", "zeros", "longer", "a folder"])
 def test_a_damaged_entry_is_not_believed(manifest, tmp_path, damage):
     folder = tmp_path / "cache"
     want = clips_of(manifest, folder).batch([(3, 0)]).wave
@@ -138,6 +138,8 @@ def test_a_damaged_entry_is_not_believed(manifest, tmp_path, damage):
         content[HEAD.size + 11] ^= 4
     elif damage == "head":
         content[2] ^= 1
+    elif damage == "scale":
+        content[46] ^= 1  # the exponent of the scale: twice as loud, or half
     elif damage == "zeros":  # a power cut after the rename
         content = bytearray(len(content))
     damaged = {"cut": content[:-2], "empty": b"", "longer": content + b"xx"}.get(damage, content)
@@ -160,7 +162,7 @@ def test_without_the_checksum_a_flipped_bit_would_be_heard(manifest, tmp_path, m
     content = bytearray(entry.read_bytes())
     content[HEAD.size + 11] ^= 4
     entry.write_bytes(content)
-    monkeypatch.setattr(data.cache.zlib, "crc32", lambda samples: HEAD.unpack(content[:HEAD.size])[-1])
+    monkeypatch.setattr(data.cache, "_checksum", lambda *_: HEAD.unpack(content[:HEAD.size])[-1])
     assert not torch.equal(clips_of(manifest, tmp_path / "cache").batch([(3, 0)]).wave, want)
 
 
