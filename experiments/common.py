@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import platform
+import re
 import sys
 import time
 from pathlib import Path
@@ -50,8 +51,11 @@ def one_run(folder, flags, prepare=None):
     return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}, json.loads(done.read_text())
 
 
-def study(name, claim, arms, args, extra=()):
-    """Run every arm (name -> flags, or (flags, prepare)) on every fold, and write results/<name>.md and .png."""
+def study(name, claim, arms, args, extra=(), data=lambda args, fold: ["--data", args.data, "--fold", fold]):
+    """Run every arm (name -> flags, or (flags, prepare)) on every fold, and write results/<name>.md and .png.
+
+    extra: flags of all arms; data(args, fold): the flags that name the recordings of a fold.
+    """
     if not Path(args.weights).exists() and args.weights not in ("none", "audioset", "imagenet"):
         sys.exit(f"error: {args.weights}: not there; make it with python experiments/pretrain.py, or give --weights")
     size = ["--size", args.size] if args.size else SMALL
@@ -59,9 +63,9 @@ def study(name, claim, arms, args, extra=()):
     for arm, flags in arms.items():
         flags, prepare = flags if isinstance(flags, tuple) else (flags, None)
         for fold in args.folds:
-            base = ["--data", args.data, "--fold", fold, "--seed", fold, "--weights", args.weights, *size, "--epochs", args.epochs,
+            base = [*data(args, fold), "--seed", fold, "--weights", args.weights, *size, "--epochs", args.epochs,
                     "--patience", args.epochs, "--batch-size", 4, "--on-divergence", "warn", *extra]
-            found.setdefault(arm, []).append(one_run(WORK / name / f"{arm.replace(' ', '_')}-{fold}", [*base, *flags], prepare))
+            found.setdefault(arm, []).append(one_run(WORK / name / (re.sub(r"\W+", "_", arm) + f"-{fold}"), [*base, *flags], prepare))
             print(f"{name}: {arm}, fold {fold}: {found[arm][-1][1]['accuracy']:.3f}", flush=True)
     minutes = sum(float(history["seconds"].sum()) for runs in found.values() for history, _ in runs) / 60
     _write(name, claim, found, args, minutes)
