@@ -39,7 +39,7 @@ from data.cache import CACHES, WaveCache, choose_cache
 from data.clips import Batch, Clips, TrainLoader, evaluation_batches
 from data.draws import DROP_PATH, PATCHOUT, uniform
 from data.manifest import DataError, Manifest, load_manifest
-from data.prepare import cache_folder, prepare
+from data.prepare import cache_folder, noise_recordings, prepare
 from data.sampling import SAMPLERS, quotas, write_heard
 from data.scan import write_bad_files
 from data.splits import split_hash, write_split
@@ -140,6 +140,7 @@ def parse(argv=None, source=""):
     add("--mixup-p", type=float, default=0.6, help="MixUp: probability per clip")
     add("--gain", type=float, default=0.0, help="up to so many dB louder or softer")
     add("--noise-p", type=float, default=0.0, help="quiet stretches of other training clips as noise: probability per clip")
+    add("--noise-dir", help="take that noise from the recordings in this folder instead")
     add("--noise-snr", default="5,30", metavar="LOW,HIGH", help="dB of the clip over that noise")
     add("--filter-p", type=float, default=0.0, help="random high-pass or low-pass: probability per clip")
     add("--patchout", type=float, default=0.0, help="share of each clip's patches left out: faster, and changes training")
@@ -207,6 +208,8 @@ def check_flags(parser, args, given):
         parser.error(f"--warmup-epochs {args.warmup_epochs:g}: longer than the run of --epochs {args.epochs}; lower it")
     if args.logit_adjust and args.loss == "bce":
         parser.error("--logit-adjust: belongs to a softmax loss; use --loss focal or ce")
+    if args.noise_dir and not args.noise_p:
+        parser.error("--noise-dir: does nothing without --noise-p; give it, 0.5 for instance")
     if not re.fullmatch(r"-?\d+(\.\d+)?,-?\d+(\.\d+)?", args.noise_snr):
         parser.error(f"--noise-snr {args.noise_snr}: give two numbers, as 5,30")
     if args.alpha not in ("none", "balanced"):
@@ -473,13 +476,18 @@ def main(argv=None):
               f"{group['weight_decay']:g}; {sum(p.numel() for p in group['params']):,} parameters")
 
     # batches
-    clips = Clips(manifest, frontend.config.sample_rate, samples, args.short, args.seed, crop=args.crop,
-                  noise_rows=rows["train"], noise_p=args.noise_p)
+    clips = Clips(manifest, frontend.config.sample_rate, samples, args.short, args.seed, crop=args.crop)
     cache = WaveCache(cache_folder(args.cache_dir) / "audio", clips.rate)
     args.cache, why = ranks.once(lambda: choose_cache(args.cache, clips.bytes, clips.longest, device, cache.folder))
     print(f"cache: {args.cache} ({why})")
     if args.cache != "off":
         clips.cache = cache
+    if args.noise_p and args.noise_dir:
+        noise = ranks.once(lambda: noise_recordings(args.noise_dir, args.cache_dir))
+        print(f"noise: quiet stretches of {len(noise)} recordings in {noise.root}")
+        clips.add_noise(args.noise_p, np.arange(len(noise)), Clips(noise, clips.rate, samples, args.short, cache=clips.cache))
+    elif args.noise_p:
+        clips.add_noise(args.noise_p, rows["train"])
     if args.cache in ("ram", "device") and not args.smoke:
         clips.reside(device if args.cache == "device" else torch.device("cpu"), show=ranks.first and sys.stderr.isatty())
     workers = args.workers if args.workers >= 0 else min(8, torch.get_num_threads()) if device.type == "cuda" else 0

@@ -41,15 +41,14 @@ class Clips(Dataset):
 
     short: "repeat" or "pad", see audio.fit. cache: a WaveCache, or None to decode the wanted stretch each time.
     crop: where training crops lie: "random", "start", or "active": the likelier the more goes on there.
-    noise_rows: rows to take background noise from for a share noise_p of the training clips.
     """
 
-    def __init__(self, manifest, rate, samples, short="repeat", seed=0, cache=None, crop="random", noise_rows=(), noise_p=0.0):
+    def __init__(self, manifest, rate, samples, short="repeat", seed=0, cache=None, crop="random"):
         if short not in ("repeat", "pad"):
             raise ValueError(f"short is {short!r}: repeat or pad")
         self.manifest, self.rate, self.samples, self.short, self.seed = manifest, rate, samples, short, seed
         self.cache, self.resident, self.crop = cache, None, crop
-        self.noise_rows, self.noise_p = np.asarray(noise_rows, np.int64), noise_p
+        self._noise_source, self._noise_rows, self._noise_p = self, np.zeros(0, np.int64), 0.0
         self.begin = np.round(manifest.start.astype(np.float64) * rate).astype(np.int64)
         self.total = np.maximum(1, np.round(manifest.duration.astype(np.float64) * rate).astype(np.int64))
         self._activity = {}  # row -> what goes on in each of its blocks, added up from its beginning
@@ -101,6 +100,11 @@ class Clips(Dataset):
     def tiles(self, row):
         return tile_starts(int(self.total[row]), self.samples)
 
+    def add_noise(self, p, rows, source=None):
+        """From now on give background noise to that share of the training clips, out of these rows of another Clips, by
+        default of this one."""
+        self._noise_source, self._noise_rows, self._noise_p = source or self, np.asarray(rows, np.int64), p
+
     @property
     def bytes(self):
         """Of all clips as int16."""
@@ -123,7 +127,7 @@ class Clips(Dataset):
         for epoch in np.unique(-1 - starts[starts < 0]).tolist():
             of_epoch = starts == -1 - epoch
             starts[of_epoch] = self.crop_start(clips[of_epoch], epoch)
-            if self.noise_p and len(self.noise_rows):  # training batches are of one epoch
+            if self._noise_p and len(self._noise_rows):  # training batches are of one epoch
                 noise = self._noise(clips, epoch)
         wave, good, broken = self._waves(rows, starts)
         rows = rows[good]
@@ -149,13 +153,14 @@ class Clips(Dataset):
 
     def _noise(self, clips, epoch):
         """(B, samples) float32: a crop of another clip for each, zeros for those that go without."""
-        u = uniform(self.seed, epoch, clips, NOISE, 3)
-        i = (u[:, 1] * len(self.noise_rows)).astype(np.int64)
-        i += self.noise_rows[i] == clips % len(self)  # not of itself
-        rows = self.noise_rows[i % len(self.noise_rows)]
-        starts = (u[:, 2] * (np.maximum(0, self.total[rows] - self.samples) + 1)).astype(np.int64)
-        wanted = u[:, 0] < self.noise_p
-        found, good, _ = self._waves(rows[wanted], starts[wanted])  # a broken one is named when its own turn comes
+        u, source = uniform(self.seed, epoch, clips, NOISE, 3), self._noise_source
+        i = (u[:, 1] * len(self._noise_rows)).astype(np.int64)
+        if source is self:
+            i += self._noise_rows[i] == clips % len(self)  # not of itself
+        rows = self._noise_rows[i % len(self._noise_rows)]
+        starts = (u[:, 2] * (np.maximum(0, source.total[rows] - self.samples) + 1)).astype(np.int64)
+        wanted = u[:, 0] < self._noise_p
+        found, good, _ = source._waves(rows[wanted], starts[wanted])  # a broken one is named when its own turn comes
         noise = found.new_zeros(len(clips), self.samples)
         noise[torch.from_numpy(np.flatnonzero(wanted)[good])] = found
         return noise

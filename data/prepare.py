@@ -1,11 +1,13 @@
 """Labelled recordings -> a checked manifest with splits, ready to train on."""
+import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from .demo import write_demo
-from .manifest import DataError, load_manifest
-from .scan import scan, summary
+from .manifest import DataError, Manifest, load_manifest
+from .scan import audio_below, scan, summary
 from .splits import assign_splits, audit, drop_rare
 
 DEMO = Path(__file__).parents[1] / "demo_data"
@@ -57,6 +59,28 @@ def prepare(data, audio_dir=None, fold=None, min_clips=1, max_bad_share=0.05, ho
         if len(manifest.rows(split)) == 0:
             raise DataError(f"--data {data}: no clip is left for {split}; give more recordings, or a split column")
     return manifest, bad
+
+
+def noise_recordings(folder, cache_dir=None):
+    """A manifest, of one class, of every readable recording anywhere below a folder. Raises DataError."""
+    root = Path(os.path.abspath(folder))
+    if not root.is_dir():
+        raise DataError(f"--noise-dir {folder}: no such folder; give one that holds recordings of background sounds")
+    try:
+        below = audio_below(root.parent, root.name, Counter())
+    except OSError as error:
+        raise DataError(f"--noise-dir {error.filename}: {error.strerror}; make it readable or take it away") from None
+    paths = sorted((path.removeprefix(root.name + "/") for path in below), key=os.fsencode)
+    n, zeros = len(paths), np.zeros(len(paths), np.int32)
+    found = Manifest("noise", root, ["noise"], paths, zeros, zeros.astype(np.float32), np.full(n, np.nan, np.float32),
+                     np.arange(n, dtype=np.int32), "each file alone", np.full(n, -1, np.int8), None, [])
+    if n:
+        seen = scan(found, cache_folder(cache_dir) / "scan", full=False)
+        found.duration = seen.duration
+        found = found.take(seen.ok)
+    if len(found) == 0:
+        raise DataError(f"--noise-dir {folder}: no recording in there can be read; give one that holds some, or leave it out")
+    return found
 
 
 def _say(say, title, lines):

@@ -241,7 +241,8 @@ def test_the_choice(tmp_path, monkeypatch):
 def test_pinning_keeps_everything(manifest, monkeypatch):
     """What DataLoader calls on a batch; a tensor that it did not know stayed unpinned."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 0)
-    clips = Clips(manifest, RATE, 4800, noise_rows=[0, 1], noise_p=1.0)
+    clips = Clips(manifest, RATE, 4800)
+    clips.add_noise(1.0, [0, 1])
     batch = clips.batch([(2, -1), (3, -1)])
     pinned = batch.pin_memory()
     for name in ("wave", "target", "noise"):

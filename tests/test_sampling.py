@@ -7,7 +7,8 @@ import soundfile as sf
 import torch
 
 from data.clips import Clips, TrainLoader, activity
-from data.manifest import load_manifest
+from data.manifest import DataError, load_manifest
+from data.prepare import noise_recordings
 from data.sampling import epoch_order, heard, quotas, write_heard
 from data.scan import scan
 
@@ -127,7 +128,8 @@ def test_heard_csv(manifest, tmp_path):
 
 
 def test_noise_comes_from_other_training_clips(manifest):
-    clips = Clips(manifest, RATE, RATE, seed=1, noise_rows=[0, 3], noise_p=0.5)
+    clips = Clips(manifest, RATE, RATE, seed=1)
+    clips.add_noise(0.5, [0, 3])
     batch = clips.batch([(clip, -1) for clip in range(100)])
     on = batch.noise.abs().amax(1) > 0
     assert 35 < on.sum() < 65 and batch.noise.shape == batch.wave.shape
@@ -140,3 +142,23 @@ def test_noise_comes_from_other_training_clips(manifest):
     assert clips.batch([(0, 0)]).noise is None  # none in evaluation
     again = clips.batch([(clip, -1) for clip in range(50, 100)])
     assert torch.equal(again.noise, batch.noise[50:])
+
+
+def test_noise_out_of_a_folder(manifest, tmp_path):
+    folder = tmp_path / "noise"
+    (folder / "deep").mkdir(parents=True)
+    hum = 0.1 * np.random.default_rng(5).standard_normal(2 * RATE)
+    sf.write(folder / "deep" / "hum.wav", hum, RATE, subtype="FLOAT")
+    (folder / "broken.wav").write_bytes(b"RIFF")
+    found = noise_recordings(folder, tmp_path / "cache")
+    assert found.paths == ["deep/hum.wav"]
+    clips = Clips(manifest, RATE, RATE)
+    clips.add_noise(1.0, [0], Clips(found, RATE, RATE))
+    noise = clips.batch([(clip, -1) for clip in range(10)]).noise.numpy()
+    places = [np.abs(hum[:RATE + 1] - row[0]).argmin() for row in noise]
+    assert all(np.allclose(hum[i:i + RATE], row, atol=1e-6) for i, row in zip(places, noise, strict=True))
+    assert len(set(places)) == 10
+    (folder / "deep" / "hum.wav").unlink()
+    for bad in (folder, tmp_path / "nowhere"):
+        with pytest.raises(DataError, match="--noise-dir"):
+            noise_recordings(bad, tmp_path / "cache")
