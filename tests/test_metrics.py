@@ -7,7 +7,7 @@ import pytest
 from sklearn import metrics as sk
 
 from core import metrics
-from core.metrics import METRICS, confusion, evaluate_scores, per_class, point_metrics
+from core.metrics import confusion, evaluate_scores, METRICS, per_class, point_metrics, recall_by_frequency
 
 
 def make(n=200, n_classes=7, seed=0, tied=False, absent=()):
@@ -228,3 +228,15 @@ def test_bad_sizes_are_named():
         evaluate_scores([[0.5, 0.5]], [0], n_boot=0)
     with pytest.raises(ValueError, match="2 labels for 1 predictions"):
         confusion([0, 1], [0], 2)
+
+
+def test_recall_by_frequency_by_hand():
+    """Seven classes: by training clips 5, 0 and 3 are the head, 1 and 6 the middle, 2 and 4 the tail; 3 has no test clip."""
+    labels = np.array([5, 5, 0, 0, 1, 6, 6, 2, 4, 4])
+    guesses = np.array([5, 0, 0, 0, 2, 6, 6, 2, 2, 0])
+    scores = np.eye(7)[guesses]
+    counts = [40, 20, 2, 30, 1, 50, 10]
+    found = recall_by_frequency(scores, labels, counts)
+    assert found == {"recall_head": 0.75, "recall_middle": 0.5, "recall_tail": 0.5}
+    few = labels < 2
+    assert recall_by_frequency(scores[few], labels[few], counts)["recall_tail"] is None

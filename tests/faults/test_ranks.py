@@ -117,6 +117,8 @@ def check_evaluation(ranks, seventeen, share):
                                for start in clips.tiles(row)]).mean(0) for row in range(n)]
         return torch.stack(scores).numpy()
     wanted = reference(17)
+    hits = [sum(int(model(clips.batch([(row, start)]).wave).argmax()) == seventeen.labels[row] for start in clips.tiles(row))
+            for row in range(17)]
     for n in range(1, 18):
         for size in range(1, 7):
             parts = []
@@ -127,6 +129,7 @@ def check_evaluation(ranks, seventeen, share):
             result = evaluate.Evaluation.merge(parts)
             assert result.rows.tolist() == list(range(n)) and result.labels.tolist() == seventeen.labels[:n].tolist()
             np.testing.assert_allclose(result.scores, wanted[:n], atol=1e-7)
+            assert result.tiles.tolist() == [len(clips.tiles(row)) for row in range(n)] and result.hits.tolist() == hits[:n]
             assert point_metrics(result.scores, result.labels)["accuracy"] == np.mean(
                 wanted[:n].argmax(1) == seventeen.labels[:n])
 
