@@ -476,20 +476,7 @@ def main(argv=None):
               f"{group['weight_decay']:g}; {sum(p.numel() for p in group['params']):,} parameters")
 
     # batches
-    clips = Clips(manifest, frontend.config.sample_rate, samples, args.short, args.seed, crop=args.crop)
-    cache = WaveCache(cache_folder(args.cache_dir) / "audio", clips.rate)
-    args.cache, why = ranks.once(lambda: choose_cache(args.cache, clips.bytes, clips.longest, device, cache.folder))
-    print(f"cache: {args.cache} ({why})")
-    if args.cache != "off":
-        clips.cache = cache
-    if args.noise_p and args.noise_dir:
-        noise = ranks.once(lambda: noise_recordings(args.noise_dir, args.cache_dir))
-        print(f"noise: quiet stretches of {len(noise)} recordings in {noise.root}")
-        clips.add_noise(args.noise_p, np.arange(len(noise)), Clips(noise, clips.rate, samples, args.short, cache=clips.cache))
-    elif args.noise_p:
-        clips.add_noise(args.noise_p, rows["train"])
-    if args.cache in ("ram", "device") and not args.smoke:
-        clips.reside(device if args.cache == "device" else torch.device("cpu"), show=ranks.first and sys.stderr.isatty())
+    clips = open_clips(args, manifest, frontend.config.sample_rate, samples, device, ranks)
     workers = args.workers if args.workers >= 0 else min(8, torch.get_num_threads()) if device.type == "cuda" else 0
     loading = {"workers": workers, "pin": device.type == "cuda"}
     loader = TrainLoader(clips, rows["train"], args.batch_size, args.effective_batch, args.seed, sampler=args.sampler, **loading)
@@ -700,6 +687,25 @@ def main(argv=None):
         print("\n".join(result_lines(metrics)))
     print(f"written: {run_dir}\nnext: python evaluate.py --ckpt {shlex.quote(str(run_dir / 'best.pt'))}")
     return 0
+
+
+def open_clips(args, manifest, rate, samples, device, ranks):
+    """The Clips of a run, with its cache and its background noise. Writes into args.cache what became of it."""
+    clips = Clips(manifest, rate, samples, args.short, args.seed, crop=args.crop)
+    cache = WaveCache(cache_folder(args.cache_dir) / "audio", rate)
+    args.cache, why = ranks.once(lambda: choose_cache(args.cache, clips.bytes, clips.longest, device, cache.folder))
+    print(f"cache: {args.cache} ({why})")
+    if args.cache != "off":
+        clips.cache = cache
+    if args.noise_p and args.noise_dir:
+        noise = ranks.once(lambda: noise_recordings(args.noise_dir, args.cache_dir))
+        print(f"noise: quiet stretches of {len(noise)} recordings in {noise.root}")
+        clips.add_noise(args.noise_p, np.arange(len(noise)), Clips(noise, rate, samples, args.short, cache=clips.cache))
+    elif args.noise_p:
+        clips.add_noise(args.noise_p, manifest.rows("train"))
+    if args.cache in ("ram", "device") and not args.smoke:
+        clips.reside(device if args.cache == "device" else torch.device("cpu"), show=ranks.first and sys.stderr.isatty())
+    return clips
 
 
 def continue_from(state, t):
