@@ -43,7 +43,12 @@ def one_run(folder, flags, prepare=None):
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder.with_suffix(".log"), "a", encoding="utf-8") as log, contextlib.redirect_stdout(log), \
                 prepare() if prepare else contextlib.nullcontext():
-            code = train.main([*map(str, flags), "--run-dir", str(folder), "--resume", "auto"])
+            try:
+                code = train.main([*map(str, flags), "--run-dir", str(folder), "--resume", "auto"])
+            except train.INPUT_ERRORS as error:
+                code = train.fail(error)
+            except train.NUMBERS_ERRORS as error:
+                code = train.fail(error, 3)
         if code:
             sys.exit(code)
     with open(folder / "history.csv", newline="", encoding="utf-8") as file:
