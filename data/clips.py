@@ -66,7 +66,7 @@ class Clips(Dataset):
         u = uniform(self.seed, epoch, clips, CROP, 1)[:, 0]
         starts = (u * (spare + 1)).astype(np.int64)
         if self.crop == "active":
-            for i in np.flatnonzero(spare):
+            for i in np.flatnonzero((spare > 0) & (self.total[rows] <= LONGEST * self.rate)):  # longer ones anywhere
                 starts[i] = self._active_start(int(rows[i]), u[i], int(spare[i]))
         return starts
 
@@ -76,7 +76,7 @@ class Clips(Dataset):
         summed = self._activity.get(row)
         if summed is None:
             try:
-                summed = self._activity[row] = activity(self._whole(row), size)
+                summed = self._activity[row] = activity(self._read(row, 0, int(self.total[row])), size)
             except AudioError:  # whoever reads it says so
                 summed = np.zeros(1)
         first = np.arange(spare // size + 1)
@@ -86,16 +86,6 @@ class Clips(Dataset):
         block = int(np.searchsorted(weight, at, side="right"))
         below = weight[block - 1] if block else 0.0
         return min(spare, int((block + (at - below) / (weight[block] - below)) * size))
-
-    def _whole(self, row):
-        """(samples,) float32 of a whole row."""
-        file, begin, total = self.manifest.file(row), int(self.begin[row]), int(self.total[row])
-        if total > LONGEST * self.rate:
-            raise AudioError("too long to be looked at whole")
-        if self.cache is None:
-            return read(file, self.rate, begin, total)
-        samples, scale = self.cache.read(file, begin, total)
-        return samples * np.float32(scale)
 
     def tiles(self, row):
         return tile_starts(int(self.total[row]), self.samples)
@@ -145,7 +135,8 @@ class Clips(Dataset):
         wave, good, broken = np.empty((len(rows), self.samples), np.float32), np.ones(len(rows), bool), []
         for i, (row, start) in enumerate(zip(rows.tolist(), starts.tolist(), strict=True)):
             try:
-                wave[i] = fit(self._read(row, start), self.samples, self.short)
+                length = min(self.samples, int(self.total[row]) - start)
+                wave[i] = fit(self._read(row, start, length), self.samples, self.short)
             except AudioError as error:
                 good[i] = False
                 broken.append((row, str(error)))
@@ -167,10 +158,9 @@ class Clips(Dataset):
 
     __getitems__ = batch  # what DataLoader asks for a batch of
 
-    def _read(self, row, start):
-        """At most `samples` samples, float32, of a row from `start` on."""
+    def _read(self, row, start, length):
+        """(length,) float32 of a row from `start` on."""
         file, begin, total = self.manifest.file(row), int(self.begin[row]), int(self.total[row])
-        length = min(self.samples, total - start)
         if self.cache is None or total > LONGEST * self.rate:
             return read(file, self.rate, begin + start, length)
         samples, scale = self.cache.read(file, begin, total, start, length)

@@ -256,6 +256,13 @@ def synthesise(name: str, index: int, seed: int = 0) -> np.ndarray:
     return (np.rint(clip * 32767) / 32768).astype(np.float32)
 
 
+def write_wav(path, clip):
+    """Write (samples,) float32 multiples of 1/32768, as `synthesise` gives them, as a 16-bit WAV, bit for bit."""
+    with wave.open(str(path), "wb") as out:
+        out.setparams((1, 2, SAMPLE_RATE, len(clip), "NONE", "not compressed"))
+        out.writeframes(np.rint(clip * 32768).astype("<i2").tobytes())
+
+
 def _is_complete(root, files, marker):
     try:
         sizes = {os.path.getsize(root / file) for file in files}
@@ -284,9 +291,7 @@ def write_demo(root: Path, seed: int = 0) -> Path:
         fresh = Path(temporary) / "fresh"  # a folder of its own: the temporary one is closed to other users
         for file, clip in files.items():
             (fresh / file).parent.mkdir(parents=True, exist_ok=True)
-            with wave.open(str(fresh / file), "wb") as out:
-                out.setparams((1, 2, SAMPLE_RATE, SAMPLES, "NONE", "not compressed"))
-                out.writeframes(np.rint(synthesise(*clip, seed) * 32768).astype("<i2").tobytes())
+            write_wav(fresh / file, synthesise(*clip, seed))
         (fresh / "README.txt").write_text(README, "utf-8")
         (fresh / ".complete").write_bytes(marker)
         try:

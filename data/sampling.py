@@ -31,11 +31,11 @@ def epoch_order(rows, seed, epoch, labels=None, power=1.0, stride=0):
     gets other random numbers and sounds different; stride is more than any row.
     """
     rows = np.asarray(rows, np.int64)
-    order = rows[np.argsort(uniform(seed, epoch, rows, ORDER, 1)[:, 0], kind="stable")]
+    shuffled = np.argsort(uniform(seed, epoch, rows, ORDER, 1)[:, 0], kind="stable")
+    order = rows[shuffled]
     if power == 1:
         return order
-    label_of = dict(zip(rows.tolist(), np.asarray(labels).tolist(), strict=True))
-    ordered = np.array([label_of[row] for row in order.tolist()])
+    ordered = np.asarray(labels)[shuffled]
     clips = []
     for c, n in enumerate(quotas(np.bincount(labels), len(rows), power)):
         own = order[ordered == c]
@@ -72,12 +72,12 @@ def heard(rows, starts, total, samples):
 
 def write_heard(loader, epochs, path):
     """Write heard.csv: of each training clip its length, how many crops of it were taken in so many epochs, and what
-    share of it has been heard in them. Returns a line for the person."""
+    share of it has been heard in them. epochs: at least 1. Returns a line for the person."""
     clips, manifest, taken = loader.clips, loader.clips.manifest, []
     for epoch in range(epochs):
         order = loader.order(epoch)
         taken.append((order % len(clips), clips.crop_start(order, epoch)))
-    rows, starts = (np.concatenate(part) if taken else np.zeros(0, np.int64) for part in zip(*taken or [((), ())], strict=True))
+    rows, starts = (np.concatenate(part) for part in zip(*taken, strict=True))
     share, crops = heard(rows, starts, clips.total, clips.samples)
     text = io.StringIO(newline="")
     out = csv.writer(text)

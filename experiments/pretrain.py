@@ -6,12 +6,9 @@ Writes 1,500 clips of the demo's ten kinds of sound (others than the demo's) and
 cores. The checkpoint is work/pretrained/best.pt. It stands in for AudioSet weights where there are none: whoever has them
 gives --weights audioset --size base to a study instead.
 """
-import wave
-
-import numpy as np
 from common import SMALL, WORK, one_run
 
-from data.demo import CLASSES, SAMPLE_RATE, synthesise
+from data.demo import CLASSES, synthesise, write_wav
 
 PER_CLASS, EPOCHS = 150, 12
 
@@ -23,9 +20,7 @@ def main():
         for i in range(10_000, 10_000 + PER_CLASS):
             path = folder / name / f"{name}_{i}.wav"
             if not path.exists():
-                with wave.open(str(path), "wb") as out:
-                    out.setparams((1, 2, SAMPLE_RATE, 0, "NONE", "not compressed"))
-                    out.writeframes(np.rint(synthesise(name, i) * 32768).astype("<i2").tobytes())
+                write_wav(path, synthesise(name, i))
     _, metrics = one_run(WORK / "pretrained", ["--data", folder, "--weights", "none", *SMALL, "--epochs", EPOCHS, "--patience", EPOCHS,
                                                "--batch-size", 8, "--effective-batch", 8, "--lr-backbone", "8e-4", "--lr-head", "8e-4",
                                                "--weight-decay", "0.05", "--shift-p", 1, "--freq-mask", 15, "--time-mask", 35])

@@ -18,7 +18,6 @@ CLAIM = ("Relative warm-up does not harm fine-tuning from a pretrained start; on
 
 class SharedSchedule(train.RelativeSchedule):
     """The earlier system's: one LR for every group, by epochs, linear from 1e-4 to 1e-3, then cosine from there to 0."""
-    warmup_steps = total_steps = 0
 
     def _write(self):
         step, warmup, total = int(self.steps), *self.arguments[:2]
