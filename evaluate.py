@@ -58,6 +58,17 @@ class Evaluation:
 
 
 @torch.inference_mode()
+def window_scores(model, frontend, wave, precision):
+    """The one way from audio to scores: waveforms (B, samples) -> logits (B, classes), probabilities (B, classes) in
+    float32 and features (B, dim), on the device."""
+    wave = wave.to(precision.device, non_blocking=True)
+    with precision.autocast():
+        features = model.features(frontend(wave))
+        logits = model.head(features)
+    return logits, logits.float().softmax(dim=1), features
+
+
+@torch.inference_mode()
 def evaluate(model, frontend, batches, manifest, rows, loss_fn, precision, stop=None, show=None):
     """Score every clip of `rows` once -> Evaluation, or None where `stop()` turned true on the way.
 
@@ -78,12 +89,10 @@ def evaluate(model, frontend, batches, manifest, rows, loss_fn, precision, stop=
             broken.update(batch.broken)
             if len(batch.rows) == 0:
                 continue
-            wave = batch.wave.to(precision.device, non_blocking=True)
-            with precision.autocast():
-                logits = model(frontend(wave))
+            logits, probabilities, _ = window_scores(model, frontend, batch.wave, precision)
             loss = loss_fn(logits, batch.target.to(precision.device, non_blocking=True))
             at = [index[row] for row in batch.rows.tolist()]
-            np.add.at(scores, at, logits.float().softmax(dim=1).cpu().double().numpy())
+            np.add.at(scores, at, probabilities.cpu().double().numpy())
             np.add.at(losses, at, loss.cpu().double().numpy())
             np.add.at(tiles, at, 1)
             np.add.at(hits, at, (logits.argmax(dim=1).cpu() == batch.target).numpy())
