@@ -37,7 +37,7 @@ class AudioInfo:
         return self.frames / self.rate
 
 
-def _open(path):
+def open_audio(path):
     """An open SoundFile with a believable header; raises AudioError."""
     raw = os.fsencode(path)  # bytes: a name need not be UTF-8
     try:
@@ -85,22 +85,22 @@ def _reason(error):
     return " ".join(text.split()).rstrip(".")
 
 
-def _info(file):
+def info_of(file):
     return AudioInfo(file.samplerate, file.frames, file.channels, f"{file.format} {file.subtype}")
 
 
 def probe(path):
     """What the header says, without decoding. Raises AudioError."""
-    with _open(path) as file:
-        return _info(file)
+    with open_audio(path) as file:
+        return info_of(file)
 
 
-def _decode(file, frames):
-    """Yield float32 blocks (k, channels) of the next `frames` frames; raises AudioError where the data
-    ends before the header said, cannot be decoded, or is not finite or beyond LOUDEST."""
+def _decode(file, frames, most=BLOCK):
+    """Yield float32 blocks (k, channels) of the next `frames` frames, at most `most` at a time; raises AudioError where
+    the data ends before the header said, cannot be decoded, or is not finite or beyond LOUDEST."""
     done = 0
     while done < frames:
-        ask = min(BLOCK, frames - done)
+        ask = min(most, frames - done)
         try:
             block = file.read(ask, dtype="float32", always_2d=True)
         except (sf.SoundFileError, RuntimeError, OSError, MemoryError, ValueError) as error:
@@ -121,12 +121,18 @@ def _decode(file, frames):
             return
 
 
+def decode_mono(file, frames, most=BLOCK):
+    """The same as blocks (k,): the mean of the channels."""
+    for block in _decode(file, frames, most):
+        yield block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]
+
+
 def check(path):
     """Decode the whole file in blocks and return its AudioInfo; raises AudioError for anything wrong."""
-    with _open(path) as file:
+    with open_audio(path) as file:
         for _ in _decode(file, file.frames):
             pass
-        return _info(file)
+        return info_of(file)
 
 
 def length_at(info, rate):
@@ -154,9 +160,9 @@ def read(path, rate, start=0, length=None):
 
     Returns (samples,) float32. Raises AudioError.
     """
-    with _open(path) as file:
+    with open_audio(path) as file:
         source = file.samplerate
-        start, stop = stretch(length_at(_info(file), rate), start, length, rate)
+        start, stop = stretch(length_at(info_of(file), rate), start, length, rate)
         # Cut where source and target samples coincide, so that the resampler meets the same phase.
         step = source // math.gcd(source, rate)
         margin = 0 if source == rate else 128 * max(1, source // rate)
@@ -169,7 +175,7 @@ def read(path, rate, start=0, length=None):
                 file.seek(first)
             except (sf.SoundFileError, RuntimeError) as error:
                 raise AudioError(f"cannot seek to {first / source:.1f} s: {_reason(error)}") from None
-        mono = [block.mean(axis=1) if block.shape[1] > 1 else block[:, 0] for block in _decode(file, last - first)]
+        mono = list(decode_mono(file, last - first))
     wave = mono[0] if len(mono) == 1 else np.concatenate(mono)
     if source != rate:
         wave = soxr.resample(wave, source, rate, quality="HQ")
@@ -192,12 +198,8 @@ def fit(wave, length, short):
     return np.pad(wave, (0, length - len(wave)))
 
 
-def tile_starts(total, length):
-    """Starts, in samples, of the fixed tiles that evaluation uses: side by side from the beginning, the
-    last one moved back to end with the clip, so that every sample is heard and none is padded."""
-    if total <= length:
-        return [0]
-    starts = list(range(0, total - length + 1, length))
-    if starts[-1] + length < total:
-        starts.append(total - length)
-    return starts
+def tile_starts(total, length, hop=None):
+    """Starts, in samples, of the fixed tiles that evaluation uses: side by side (or one each `hop` samples) from the
+    beginning, the last one moved back to end with the clip, so that every sample is heard and none is padded."""
+    hop, last = hop or length, max(0, total - length)
+    return [min(start, last) for start in range(0, last + hop, hop)]
