@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("model", "data", "losses", "sched", "core", "report")
-SCRIPTS = ("train", "evaluate")
+SCRIPTS = ("train", "evaluate", "predict")
 
 
 def imports(path):

@@ -1,0 +1,439 @@
+"""Predict over recordings of any length: python predict.py --ckpt best.pt FILES_OR_FOLDERS
+
+Takes no geometry flags: the checkpoint says what the model, the front end, the classes and a window are. Reads from top
+to bottom: flags, the results of one recording, the loop, the tables, and `main`, which puts them together.
+"""
+import argparse
+import contextlib
+import csv
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads stall on a shared CPU
+import torch
+from tqdm import tqdm
+
+from core.calibration import temper
+from core.checkpoint import link, load_checkpoint, reading
+from core.guard import NumbersError
+from core.memory import ran_out
+from core.precision import choose_precision, pick_device
+from core.run import DISK_ERRORS, RunError, create_run, write_json
+from core.signals import StopRequest
+from core.smoke import duration
+from data.audio import AudioError, check
+from data.manifest import DataError
+from data.scan import printable, write_bad_files
+from data.stream import Windows, find_recordings, look, number_groups, window_batches
+from evaluate import INPUT_ERRORS, calibration_of, fail, find_checkpoint, restore, window_scores
+
+FORMATS = ("csv", "jsonl", "raven", "audacity")
+RAVEN = "Selection,View,Channel,Begin Time (s),End Time (s),Low Freq (Hz),High Freq (Hz),Label,Score".split(",")
+SUFFIXES = {"raven": ".Table.1.selections.txt", "audacity": ".txt", "embeddings": ".npz"}  # of a file for each recording
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(prog="predict.py", description=__doc__.split("\n")[0], epilog="""
+        windows.csv has a line for each window and class that was kept (path, start and end in seconds, label, score), with
+        an empty label where no class reaches its threshold; files.csv the same for each recording as a whole (the mean of its
+        windows, calibrated as one clip is); bad_files.csv what could not be read and why. Windows are never merged: a call
+        that goes on over three windows is three lines. A run that was stopped, by whatever, is continued by the same command:
+        what is done is not done again, a recording that has changed is.""")
+    parser.error = lambda message: sys.exit(fail(f"{message} (see --help)"))
+    parser.add_argument("inputs", nargs="+", metavar="FILES_OR_FOLDERS", help="recordings, and folders with recordings "
+                        "anywhere below")
+    add = parser.add_argument
+    add("--ckpt", required=True, help="a checkpoint; a bare name is looked up in the newest run under runs/")
+    add("--out", default="predictions", help="folder of the results (default: predictions); one for each set of flags")
+    add("--hop", type=float, help="seconds from one window to the next (default: a window's length, side by side; the last "
+        "one is moved back to end with the recording)")
+    add("--threshold", type=float, help="score from which on a class counts (default: the checkpoint's for each class, 0.5 "
+        "where it has none)")
+    add("--top-k", type=int, default=1, help="at most so many classes for a window, the best of those that count (default: 1)")
+    add("--format", type=formats, default=["csv"], help=f"{', '.join(FORMATS)} or several with commas between (default: csv); "
+        "jsonl: a line for each window; raven, audacity: a selection table or label track for each recording")
+    add("--embeddings", action="store_true", help="write the model's features of each window, too: an .npz for each recording "
+        "with embeddings (windows, dim) float32, start and end in seconds; there is no other format")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="precision (default: what the device can)")
+    add("--batch-size", type=int, default=16, help="windows at a time, of one recording or of several")
+    add("--workers", type=int, default=-1, help="recordings decoded at a time (-1: one per core, at most 8, with a GPU; 1 "
+        "without)")
+    args = parser.parse_args(argv)
+    for name, low in (("batch_size", 1), ("top_k", 1), ("hop", 0.01)):
+        if getattr(args, name) is not None and not low <= getattr(args, name) < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        parser.error(f"--threshold {args.threshold}: must lie in 0 to 1")
+    if args.workers == 0 or args.workers < -1:
+        parser.error(f"--workers {args.workers}: must be at least 1, or -1")
+    return args
+
+
+def formats(text):
+    names = text.split(",")
+    if not set(names) <= set(FORMATS):
+        raise argparse.ArgumentTypeError(f"{text!r}: give {', '.join(FORMATS)} or several with commas between")
+    return list(dict.fromkeys(names))
+
+
+# --- what a window or a recording gets ---
+
+def kept(probabilities, temperature, thresholds, top_k):
+    """(classes,) probabilities as the model gives them -> [[class, calibrated score]] of the best `top_k` of those whose score
+    reaches their threshold, best first."""
+    scores = temper(probabilities[None], temperature)[0]
+    order = np.argsort(-scores, kind="stable")
+    return [[int(i), round(float(scores[i]), 6)] for i in order[scores[order] >= thresholds[order]][:top_k]]
+
+
+class Part:
+    """The results of one recording on their way to its file in parts/: a line of JSON that sums them up, then one for
+    each window, [start, end, [[class, score], ...]], start and end in samples. They wait in unnamed files, so that memory
+    does not grow, and get their name when all are there."""
+
+    def __init__(self, folder, recording, keep, dim):
+        self.folder, self.recording, self.keep, self.dim = folder, recording, keep, dim  # dim: of features to write, or 0
+        self.rows = tempfile.TemporaryFile("w+", dir=folder)
+        self.features = tempfile.TemporaryFile(dir=folder) if dim else None
+        self.sums, self.count, self.heard = 0.0, 0, 0  # heard: samples
+
+    def add(self, start, end, probabilities, features):
+        """A window: samples, (classes,) probabilities and (dim,) features -> samples that it adds to what was heard."""
+        self.rows.write(json.dumps([start, end, self.keep(probabilities)]) + "\n")
+        if self.dim:
+            self.features.write(features.tobytes())
+        new = end - self.heard
+        self.sums, self.count, self.heard = self.sums + probabilities, self.count + 1, end
+        return new
+
+    def finish(self, reason, rate):
+        """All windows are there; or there will be no more, for a reason."""
+        path = part_path(self.folder, self.recording)
+        head = {"size": self.recording.size, "mtime_ns": self.recording.mtime_ns, "reason": reason}
+        if reason is None:
+            # calibration was fitted on such means, so the temperature comes after
+            head |= {"windows": self.count, "scores": self.keep(self.sums / self.count), "bytes": self.rows.tell()}
+            if self.dim:
+                self._write_features(path.with_suffix(".npz"), rate)
+        with replacing(path) as file:
+            file.write(json.dumps(head) + "\n")
+            if reason is None:
+                self.rows.seek(0)
+                shutil.copyfileobj(self.rows, file)
+
+    def _write_features(self, path, rate):
+        self.features.flush()
+        self.rows.seek(0)
+        spans = np.array([json.loads(line)[:2] for line in self.rows]) / rate  # (windows, 2)
+        with replacing(path, "wb") as file:
+            np.savez(file, embeddings=np.memmap(self.features, np.float32, "r", shape=(self.count, self.dim)),
+                     start=spans[:, 0], end=spans[:, 1])
+
+
+def part_path(folder, recording):
+    return folder / f"{recording.key}.jsonl"
+
+
+def finished(folder, recording, embeddings):
+    """The first line of a recording's file in `folder`; None where there is none, or not a whole one, or the recording
+    has changed since."""
+    path = part_path(folder, recording)
+    try:
+        with open(path, "rb") as file:
+            line = file.readline()
+        head = json.loads(line)
+        if (head["size"], head["mtime_ns"]) != (recording.size, recording.mtime_ns):
+            return None
+        if head["reason"] is None and (path.stat().st_size != len(line) + head["bytes"]
+                                       or embeddings and not path.with_suffix(".npz").exists()):
+            return None
+        return head
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextlib.contextmanager
+def replacing(path, mode="w"):
+    """A file to write that takes the place of `path` when all is written. Bytes of a path that are not UTF-8 are
+    written as they are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        text = {} if "b" in mode else dict(newline="", encoding="utf-8", errors="surrogateescape")
+        with open(temporary, mode, **text) as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+@torch.inference_mode()
+def predict(model, frontend, batches, precision, new_part, bar):
+    """Score every window of the batches and write the part of each recording -> windows scored. new_part(recording) opens
+    one. Raises NumbersError where scores are not finite."""
+    model.eval()
+    parts, count, rate = {}, 0, frontend.config.sample_rate
+
+    def part(recording):
+        if recording.file not in parts:
+            parts[recording.file] = new_part(recording)
+        return parts[recording.file]
+
+    with precision.window():
+        for batch in batches:
+            if batch.windows:
+                _, probabilities, features = window_scores(model, frontend, torch.from_numpy(batch.wave), precision)
+                probabilities, features = probabilities.cpu().double().numpy(), features.float().cpu().numpy()
+                if not np.isfinite(probabilities).all():
+                    raise NumbersError("the model's scores are not finite: its weights are damaged or the precision is too "
+                                       "low; try --amp off")
+                for (recording, start, end), *its in zip(batch.windows, probabilities, features, strict=True):
+                    bar.update(part(recording).add(start, end, *its) / rate)
+                count += len(batch.windows)
+            for recording, reason in batch.ended:
+                part(recording).finish(reason, rate)
+                del parts[recording.file]
+    return count
+
+
+# --- the folder of the results ---
+
+def open_out(out):
+    """Make and lock the folder -> the settings of the predictions that are in it, or None where there are none yet."""
+    try:
+        if out.is_dir() and not (out / "settings.json").exists() and any(p.name not in (".lock", "parts") for p in out.iterdir()):
+            raise RunError(f"--out {out}: holds other things than predictions; give another --out")
+        create_run(out, again=True)
+        (out / "parts").mkdir(exist_ok=True)
+        return json.loads((out / "settings.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except RunError as error:
+        raise RunError(str(error).replace("--run-dir", "--out")) from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"--out {out}: its settings.json cannot be read ({error}); give another --out") from None
+
+
+def settle(out, stored, settings):
+    """Write the settings into a new folder; refuse a folder whose predictions were made with others."""
+    if stored is None:
+        write_json(out / "settings.json", settings)
+        return
+    for name, value in settings.items():
+        if stored.get(name) != value:
+            raise RunError(f"--out {out}: holds predictions with {name} {stored.get(name)}, this would be {value}; give another "
+                           "--out")
+
+
+def put_together(out, recordings, names, embeddings, classes, config):
+    """Write the tables of all recordings from their parts -> (recordings that have predictions, [(path, reason)] of the
+    others, what was written)."""
+    parts, good, bad = out / "parts", [], []
+    for recording in recordings:
+        if recording.reason is None:
+            with open(part_path(parts, recording), "rb") as file:
+                recording.reason = json.loads(file.readline())["reason"]
+        if recording.reason is None:
+            good.append(recording)
+            continue
+        bad.append((recording.path, recording.reason))
+        for name in SUFFIXES:  # it may have been readable once
+            own_file(out, name, recording).unlink(missing_ok=True)
+    write_bad_files(bad, out / "bad_files.csv")
+    if not good:
+        return good, bad, []
+    written = write_tables(out, good, names, classes, config)
+    if embeddings:
+        for recording in good:
+            path = own_file(out, "embeddings", recording)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            link(part_path(parts, recording).with_suffix(".npz"), path)
+        written.append("embeddings/")
+    return good, bad, written
+
+
+def own_file(out, name, recording):
+    return out / name / (recording.name + SUFFIXES[name])
+
+
+def write_tables(out, recordings, names, classes, config):
+    """Put the parts of the recordings together in the formats called `names` -> what was written."""
+    with contextlib.ExitStack() as stack:
+        files = csv.writer(stack.enter_context(replacing(out / "files.csv")))
+        files.writerow("path seconds windows label score".split())
+        together = {name: stack.enter_context(replacing(out / f"windows.{name}")) for name in names if name in ("csv", "jsonl")}
+        if "csv" in together:
+            csv.writer(together["csv"]).writerow("path start end label score".split())
+        for recording in recordings:
+            with contextlib.ExitStack() as own:
+                writers = [window_rows(together[name], recording) if name == "csv" else window_lines(together[name], recording)
+                           for name in together]
+                for name in names:
+                    if name in SUFFIXES:
+                        file = own.enter_context(replacing(own_file(out, name, recording)))
+                        writers.append(selection_table(file, config, recording.info) if name == "raven" else label_track(file))
+                part = own.enter_context(open(part_path(out / "parts", recording), encoding="utf-8"))
+                head = json.loads(part.readline())
+                for label, score in labelled(head["scores"], classes) or [("", "")]:
+                    files.writerow([recording.path, f"{recording.info.seconds:.3f}", head["windows"], label, score])
+                for line in part:
+                    start, end, found = json.loads(line)
+                    for write in writers:
+                        write(start / config.sample_rate, end / config.sample_rate, labelled(found, classes))
+    return ["files.csv", *(f"windows.{name}" for name in together), *(f"{name}/" for name in names if name in SUFFIXES)]
+
+
+def labelled(found, classes):
+    return [(classes[i], f"{score:.6f}") for i, score in found]
+
+
+def window_rows(file, recording):
+    """CSV: a row for each window and class, one with an empty label where there is none."""
+    def write(start, end, found):
+        csv.writer(file).writerows([recording.path, f"{start:.3f}", f"{end:.3f}", *one] for one in found or [("", "")])
+    return write
+
+
+def window_lines(file, recording):
+    """JSON, a line for each window; a byte of the path that is not UTF-8 is an escaped lone surrogate, as Python reads it."""
+    def write(start, end, found):
+        row = {"path": recording.path, "start": round(start, 3), "end": round(end, 3),
+               "labels": [{"label": label, "score": float(score)} for label, score in found]}
+        file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n")
+    return write
+
+
+def selection_table(file, config, info):
+    """A selection table of Raven Pro: columns with tabs between, numbered selections. Its band is the front end's, as far
+    as the recording has it."""
+    band, number = f"{config.fmin:.1f}\t{min(config.fmax, info.rate / 2):.1f}", itertools.count(1)
+    file.write("\t".join(RAVEN) + "\n")
+
+    def write(start, end, found):
+        for label, score in found:
+            file.write(f"{next(number)}\tSpectrogram 1\t1\t{start:.6f}\t{end:.6f}\t{band}\t{printable(label)}\t{score}\n")
+    return write
+
+
+def label_track(file):
+    """A label track of Audacity, https://manual.audacityteam.org/man/importing_and_exporting_labels.html"""
+    def write(start, end, found):
+        for label, _ in found:
+            file.write(f"{start:.6f}\t{end:.6f}\t{printable(label)}\n")
+    return write
+
+
+def unfinished(parts, recordings, groups, embeddings):
+    """The recordings that are to be done, with their groups -> ([(recording, group)], number of those done before).
+
+    A group with one that is not done is done again as a whole. One that was broken before is decoded once more: it may
+    have been the disk or the network."""
+    done = set()
+    for recording in recordings:
+        head = finished(parts, recording, embeddings)
+        if head is not None and (head["reason"] is None or still_broken(recording)):
+            done.add(recording.file)
+    again = {group for recording, group in zip(recordings, groups, strict=True) if recording.file not in done}
+    todo = [(recording, group) for recording, group in zip(recordings, groups, strict=True) if group in again]
+    return todo, len(recordings) - len(todo)
+
+
+def still_broken(recording):
+    try:
+        check(recording.file)
+    except AudioError:
+        return True
+    return False
+
+
+# --- the command ---
+
+def main(argv=None):
+    args = parse(argv)
+    StopRequest()  # never armed: a signal ends the process at once, with 130 or 143, and what is done is on the disk
+    path, out = find_checkpoint(args.ckpt), Path(args.out)
+    recordings = find_recordings(args.inputs)
+    print(f"checkpoint: {path}")
+    state, device = load_checkpoint(path), pick_device(args.device)
+    model, frontend = restore(state, device)
+    rate, calibration = frontend.config.sample_rate, calibration_of(state)
+    thresholds = np.array(calibration["thresholds"] if args.threshold is None else [args.threshold] * len(state["classes"]))
+    with reading(path):
+        cut = Windows(rate, state["clip"]["samples"], state["clip"]["samples"], state["clip"]["short"])
+    if args.hop is not None:
+        if round(args.hop * rate) > cut.samples:
+            raise DataError(f"--hop {args.hop:g}: longer than a window, which would leave audio unheard; give at most "
+                            f"{cut.samples / rate:g}")
+        cut = replace(cut, hop=round(args.hop * rate))
+    stored = open_out(out)
+    again = args.amp == "auto" and stored and stored.get("device") == device.type  # what auto measures may differ
+    precision = choose_precision(device, stored.get("amp", "auto") if again else args.amp)
+    print(f"device: {device}, {precision.name} ({precision.reason})")
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    settle(out, stored, {"checkpoint": digest, "hop": cut.hop / rate, "threshold": args.threshold, "top_k": args.top_k,
+                         "embeddings": args.embeddings, "device": device.type, "amp": precision.mode})
+
+    look(recordings, cut)
+    readable = [recording for recording in recordings if recording.reason is None]
+    groups = number_groups([recording.windows for recording in readable], args.batch_size)
+    todo, before = unfinished(out / "parts", readable, groups, args.embeddings)
+    print(f"data: {len(recordings)} recordings, {sum(r.info.seconds for r in readable) / 3600:.2f} h"
+          + f"; {before} were done before" * bool(before))
+
+    def new_part(recording):
+        return Part(out / "parts", recording, lambda p: kept(p, calibration["temperature"], thresholds, args.top_k),
+                    model.config.dim if args.embeddings else 0)
+
+    threads = args.workers if args.workers > 0 else min(8, os.cpu_count() or 1) if device.type == "cuda" else 1
+    began = time.perf_counter()
+    try:
+        with tqdm(total=round(sum(recording.info.seconds for recording, _ in todo)), desc="predicting", unit="s", unit_scale=True,
+                  leave=False, disable=not sys.stderr.isatty()) as bar:
+            windows = predict(model, frontend, window_batches(todo, cut, args.batch_size, threads), precision, new_part, bar)
+        took = time.perf_counter() - began
+        good, bad, written = put_together(out, recordings, args.format, args.embeddings, state["classes"], frontend.config)
+    except SystemExit:  # a signal
+        print(f"\nstopped: what is done is kept in {out}, the same command goes on from there")
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        raise RunError(f"--batch-size {args.batch_size}: out of memory; give a smaller one, what is done is kept") from None
+    for name, reason in bad[:10]:
+        print(f"  left out: {printable(name)}: {reason}")
+    if not good:
+        raise DataError(f"{args.inputs[0]}: none of the {len(recordings)} recordings can be read; {out}/bad_files.csv says why")
+    done = [recording.info.seconds for recording, _ in todo if recording.reason is None]
+    print(f"predicted: {len(done)} recordings, {windows} windows, {sum(done):.0f} s of audio in {duration(took)}"
+          + f", {sum(done) / took:.0f} times real time" * bool(done))
+    print(f"written: {out}/{', '.join(written)}" + f"; {len(bad)} recordings could not be read, see bad_files.csv" * bool(bad))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except INPUT_ERRORS as error:
+        sys.exit(fail(error))
+    except NumbersError as error:
+        sys.exit(fail(error, 3))
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        sys.exit(fail(f"{error.filename or 'the results'}: cannot be written ({error.strerror}); free some space or permit "
+                      "writing, then give the same command: what is done is kept"))
+    except KeyboardInterrupt:  # before main could see to it
+        sys.exit(130)
