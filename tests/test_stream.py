@@ -32,6 +32,7 @@ def test_windows_are_those_stretches_of_the_whole(tmp_path, rate, target, channe
     starts = [start for start, _, _ in found]
     assert starts == tile_starts(cut.total(probe(path)), target, cut.hop)
     assert np.diff(starts).max() == cut.hop and abs(starts[-1] + target - len(whole)) <= 1
+    assert found[-1][1] == min(starts[-1] + target, length_at(probe(path), target))
     for start, end, wave in found:
         assert wave.dtype == np.float32 and len(wave) == target
         np.testing.assert_allclose(wave[:end - start], whole[start:end], atol=1e-6)
