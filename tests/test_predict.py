@@ -236,7 +236,7 @@ def test_names_and_labels_are_text(ckpt, tmp_path):
         sf.write(tmp_path / "r" / ("x" + os.path.splitext(name)[1]), tone(1, hz=300 + 900 * i), 16000)
         os.rename(tmp_path / "r" / ("x" + os.path.splitext(name)[1]), tmp_path / "r" / name)
     out = tmp_path / "p"
-    run(strange, out, tmp_path / "r", "--format", "csv,jsonl,raven,audacity", "--threshold", 0, "--embeddings")
+    run(strange, out, tmp_path / "r", "--format", "csv,jsonl,raven,audacity", "--threshold", 0, "--top-k", 3, "--embeddings")
     paths = {str(tmp_path / "r" / name) for name in names}
     assert {row["path"] for row in rows(out / "windows.csv")} == {row["path"] for row in rows(out / "files.csv")} == paths
     assert {json.loads(line)["path"] for line in (out / "windows.jsonl").read_text(encoding="utf-8").splitlines()} == paths
@@ -279,6 +279,22 @@ def test_bad_files_are_listed_and_the_rest_goes_on(ckpt, tmp_path, capsys):
     left = ["0.wav", "1.wav", "3.wav", "3b.flac"]
     assert [os.path.basename(row["path"]) for row in rows(tmp_path / "p" / "files.csv")] == left
     assert sorted(path.name for path in (tmp_path / "p" / "audacity").iterdir()) == [name + ".txt" for name in left]
+
+
+def test_a_file_that_could_not_be_read_for_a_while_is_tried_again(ckpt, tmp_path, capsys):
+    """A disk or a network that comes back leaves size and time of a file as they were."""
+    for name in ("a.flac", "b.flac"):
+        sf.write(tmp_path / name, tone(20, hz=300), 16000)
+    sound = (tmp_path / "a.flac").read_bytes()
+    broken = sound[:len(sound) // 2] + bytes(len(sound) - len(sound) // 2)
+    for content, bad in ((broken, 1), (broken, 1), (sound, 0)):
+        (tmp_path / "a.flac").write_bytes(content)
+        os.utime(tmp_path / "a.flac", (1e9, 1e9))
+        run(ckpt, tmp_path / "p", tmp_path)
+        assert len(rows(tmp_path / "p" / "bad_files.csv")) == bad
+        assert ("a.flac" in (tmp_path / "p" / "files.csv").read_text()) != bool(bad)
+    done = re.findall(r"predicted: (\d+) recordings", capsys.readouterr().out)
+    assert done == ["1", "0", "2"]  # they share a group
 
 
 def test_nothing_to_predict_is_exit_code_2(ckpt, tmp_path):
@@ -348,17 +364,15 @@ def untouched(ckpt, many, tmp_path_factory):
     return everything(out)
 
 
-def stopped(arguments, out, signum, parts, **how):
+def stopped(arguments, out, signum, parts):
     """Start a run, send the signal once so many recordings are done -> (exit code, recordings done)."""
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ENV, **how)
-    deadline = time.monotonic() + 60
-    while len(list((out / "parts").glob("*.jsonl"))) < parts:
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ENV)
+    while len(list((out / "parts").glob("*.jsonl"))) < parts and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signum)
-    code = process.wait(30)
-    assert b"Traceback" not in process.stderr.read()
-    return code, len(list((out / "parts").glob("*.jsonl")))
+    error = process.communicate(timeout=120)[1]
+    assert b"Traceback" not in error
+    return process.returncode, len(list((out / "parts").glob("*.jsonl")))
 
 
 def test_stopped_in_every_way_it_ends_with_the_bytes_of_a_run_that_was_not(ckpt, many, untouched, tmp_path):
@@ -438,15 +452,15 @@ for minutes in ("4", "24"):
 
 
 def test_memory_does_not_grow_with_a_recording(ckpt, tmp_path):
-    """24 minutes take what 4 take; held as float32 at the model's rate they would take 100 MiB more."""
+    """24 minutes take what 4 take: a few MiB more, where all that is decoded would be 70 and 100 at the model's rate."""
     rng = np.random.default_rng(0)
     for minutes in (4, 24):
-        with sf.SoundFile(tmp_path / f"{minutes}.wav", "w", 4000, 1) as file:
+        with sf.SoundFile(tmp_path / f"{minutes}.wav", "w", 16000, 1) as file:
             for _ in range(minutes):
-                file.write(0.1 * rng.standard_normal(4000 * 60))
+                file.write(0.1 * rng.standard_normal(16000 * 60))
     flags = ["--ckpt", ckpt, "--device", "cpu", "--amp", "off", "--embeddings"]
     done = subprocess.run([sys.executable, "-c", PEAKS, *flags], cwd=tmp_path, check=True, capture_output=True, text=True,
                           env={**ENV, "PYTHONPATH": str(ROOT)})
     low, high = (int(kib) / 1024 for kib in re.findall(r"^peak (\d+)$", done.stdout, re.M))
     assert int(rows(tmp_path / "p24" / "files.csv")[0]["windows"]) > 1590
-    assert high - low < 30
+    assert high - low < 12
