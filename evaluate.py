@@ -20,7 +20,7 @@ from tqdm import tqdm
 from core.calibration import HOTTEST, reliability, temper
 from core.checkpoint import CheckpointError, load_checkpoint, reading
 from core.guard import NumbersError
-from core.metrics import METRICS, confusion, evaluate_scores, per_class, recall_by_frequency
+from core.metrics import METRICS, SEVERAL, confusion, evaluate_scores, per_class, recall_by_frequency
 from core.precision import DeviceError, choose_precision, pick_device
 from core.run import RunError, newest_run, write_json
 from data.cache import WaveCache
@@ -28,7 +28,7 @@ from data.clips import Clips, evaluation_batches
 from data.manifest import SPLITS, DataError, Manifest, load_manifest
 from data.prepare import cache_folder
 from data.scan import scan
-from losses import build_loss
+from losses import SIGMOID, build_loss, hits as hits_of
 from model.ast import AST, ASTConfig
 from model.frontend import FrontendConfig, build_frontend
 from report import pictures
@@ -40,8 +40,8 @@ INPUT_ERRORS = (CheckpointError, DataError, DeviceError, RunError)
 class Evaluation:
     """Scores of the clips that could be read, in the order of their rows."""
     rows: np.ndarray  # (n,) manifest rows
-    labels: np.ndarray  # (n,) class indices
-    scores: np.ndarray  # (n, classes) probabilities, the mean over each clip's tiles
+    labels: np.ndarray  # (n,) class indices, or (n, classes) of 1, 0 and nan where clips may have several labels
+    scores: np.ndarray  # (n, classes) probabilities (of several labels each for itself), the mean over each clip's tiles
     losses: np.ndarray  # (n,) the mean over each clip's tiles
     broken: dict  # row -> why it could not be read
     tiles: np.ndarray  # (n,) how many each clip has
@@ -58,14 +58,15 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def window_scores(model, frontend, wave, precision):
-    """The one way from audio to scores: waveforms (B, samples) -> logits (B, classes), probabilities (B, classes) in
-    float32 and features (B, dim), on the device."""
+def window_scores(model, frontend, wave, precision, multi_label):
+    """The one way from audio to scores: waveforms (B, samples) -> logits (B, classes) and features (B, dim), on the device, and
+    scores (B, classes) in float64 on the CPU: of each class for itself, or adding up to 1 over the classes."""
     wave = wave.to(precision.device, non_blocking=True)
     with precision.autocast():
         features = model.features(frontend(wave))
         logits = model.head(features)
-    return logits, logits.float().softmax(dim=1), features
+    scores = logits.float().cpu().double().sigmoid() if multi_label else logits.float().softmax(dim=1).cpu().double()
+    return logits, scores.numpy(), features
 
 
 @torch.inference_mode()
@@ -89,54 +90,68 @@ def evaluate(model, frontend, batches, manifest, rows, loss_fn, precision, stop=
             broken.update(batch.broken)
             if len(batch.rows) == 0:
                 continue
-            logits, probabilities, _ = window_scores(model, frontend, batch.wave, precision)
+            logits, tile_scores, _ = window_scores(model, frontend, batch.wave, precision, manifest.multi_label)
             loss = loss_fn(logits, batch.target.to(precision.device, non_blocking=True))
             at = [index[row] for row in batch.rows.tolist()]
-            np.add.at(scores, at, probabilities.cpu().double().numpy())
+            np.add.at(scores, at, tile_scores)
             np.add.at(losses, at, loss.cpu().double().numpy())
             np.add.at(tiles, at, 1)
-            np.add.at(hits, at, (logits.argmax(dim=1).cpu() == batch.target).numpy())
+            np.add.at(hits, at, hits_of(logits.cpu(), batch.target).numpy())
     keep = np.array([int(row) not in broken for row in rows], dtype=bool) & (tiles > 0)
     scores, losses = scores[keep] / tiles[keep, None], losses[keep] / tiles[keep]
     rows = np.asarray(rows)[keep]
     if not np.isfinite(scores).all() or not np.isfinite(losses).all():
         raise NumbersError("the model's scores are not finite: its weights are damaged or the precision is too low; try "
                            "--amp off")
-    return Evaluation(rows, manifest.labels[rows].astype(np.int64), scores, losses, broken, tiles[keep], hits[keep])
+    labels = manifest.targets(rows) if manifest.multi_label else manifest.labels[rows].astype(np.int64)
+    return Evaluation(rows, labels, scores, losses, broken, tiles[keep], hits[keep])
+
+
+def decisions(scores, calibration):
+    """Sigmoid scores (n, C) -> (n, C) bool: which classes a clip is said to hold, by the thresholds of the checkpoint."""
+    return temper(scores, calibration["temperature"], multi_label=True) >= calibration["thresholds"]
 
 
 def write_results(folder, result, manifest, classes, split, calibration):
     """Write metrics.json, predictions.csv, scores.npz, per_class.csv and confusion.png into `folder` -> the metrics. Scores are
-    written as the model gives them; calibration: what `calibration_of` gives, for the calibration errors alone."""
+    written as the model gives them; calibration: what `calibration_of` gives, for the calibration errors and for what is said
+    of clips that may have several labels, which have no confusion.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    metrics = {"split": split, **evaluate_scores(result.scores, result.labels), "loss": float(result.losses.mean()),
+    several = result.labels.ndim == 2
+    said = decisions(result.scores, calibration) if several else None
+    metrics = {"split": split, **evaluate_scores(result.scores, result.labels, said=said), "loss": float(result.losses.mean()),
                "unreadable": len(result.broken), "tiles": int(result.tiles.sum()),
                "tile_accuracy": float(result.hits.sum() / result.tiles.sum())}
+    tempered = temper(result.scores, calibration["temperature"], several)
     metrics |= {"temperature": calibration["temperature"], "ece": reliability(result.scores, result.labels)[1],
-                "ece_calibrated": reliability(temper(result.scores, calibration["temperature"]), result.labels)[1]}
+                "ece_calibrated": reliability(tempered, result.labels)[1]}
     trained = manifest.rows("train")
     if len(trained):  # none in other data
-        metrics |= recall_by_frequency(result.scores, result.labels, manifest.take(trained).counts())
+        metrics |= recall_by_frequency(result.scores, result.labels, manifest.take(trained).counts(), said)
     write_json(folder / "metrics.json", metrics)
-    np.savez(folder / "scores.npz", scores=result.scores.astype(np.float32), labels=result.labels, rows=result.rows)
+    np.savez(folder / "scores.npz", scores=result.scores.astype(np.float32), labels=result.labels, rows=result.rows,
+             **({"said": said} if several else {}))
     best = np.argsort(-result.scores, axis=1, kind="stable")[:, :5]
     with open(folder / "predictions.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         out = csv.writer(file)
         out.writerow("path start end label prediction confidence top5".split())
-        for row, label, order, scores in zip(result.rows, result.labels, best, result.scores, strict=True):
+        for i, (row, order, scores) in enumerate(zip(result.rows, best, result.scores, strict=True)):
             end = manifest.end[row]
+            prediction = "; ".join(classes[c] for c in np.flatnonzero(said[i])) if several else classes[order[0]]
             out.writerow([manifest.paths[row], f"{manifest.start[row]:g}", "" if np.isnan(end) else f"{end:g}",
-                          classes[label], classes[order[0]], f"{scores[order[0]]:.6f}",
+                          manifest.label_text(row), prediction, f"{scores[order[0]]:.6f}",
                           "; ".join(f"{classes[i]} {scores[i]:.4f}" for i in order)])
     with open(folder / "per_class.csv", "w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
-        out.writerow("class precision recall f1 ap support confused_with confused_count".split())
-        for name, row in zip(classes, per_class(result.scores, result.labels, len(classes)), strict=True):
+        out.writerow("class precision recall f1 ap support confused_with confused_count".split() + ["threshold"] * several)
+        for i, (name, row) in enumerate(zip(classes, per_class(result.scores, result.labels, len(classes), said), strict=True)):
             other = "" if row["confused_with"] < 0 else classes[row["confused_with"]]
             figures = ["" if np.isnan(row[key]) else f"{row[key]:.4f}" for key in ("precision", "recall", "f1", "ap")]
-            out.writerow([name, *figures, row["support"], other, row["confused_count"]])
-    matrix = confusion(result.labels, result.scores.argmax(axis=1), len(classes))
-    pictures.confusion(matrix, classes, folder / "confusion.png")
+            out.writerow([name, *figures, row["support"], other, row["confused_count"],
+                          *([f"{calibration['thresholds'][i]:.6f}"] if several else [])])
+    if not several:
+        matrix = confusion(result.labels, result.scores.argmax(axis=1), len(classes))
+        pictures.confusion(matrix, classes, folder / "confusion.png")
     return metrics
 
 
@@ -145,7 +160,9 @@ def result_lines(metrics):
     lines = [f"{metrics['split']}: {metrics['n']} clips"
              + (f", {metrics['unreadable']} unreadable and left out" if metrics["unreadable"] else "")]
     for key, name in (("accuracy", "accuracy"), ("balanced_accuracy", "balanced accuracy"), ("macro_f1", "macro F1"),
-                      ("weighted_f1", "weighted F1"), ("map", "mAP")):
+                      ("weighted_f1", "weighted F1"), ("map", "mAP"), ("micro_f1", "micro F1")):
+        if key not in metrics:  # of clips with one label micro F1 is the accuracy
+            continue
         low, high = metrics[f"{key}_ci95"]
         lines.append(f"  {name:<18} {metrics[key]:.3f}   (95% interval {low:.3f} to {high:.3f})")
     if metrics["tiles"] > metrics["n"]:
@@ -166,16 +183,17 @@ def pooled_results(folders, out):
     parts, each = [], []
     for folder in folders:
         with np.load(folder / "scores.npz") as file:
-            parts.append((file["scores"], file["labels"]))
+            parts.append([file.get(name) for name in ("scores", "labels", "said")])
         each.append(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
-    pooled = evaluate_scores(np.concatenate([scores for scores, _ in parts]), np.concatenate([labels for _, labels in parts]))
-    over = {}
-    for key in METRICS:
+    scores, labels, said = (None if part[0] is None else np.concatenate(part) for part in zip(*parts, strict=True))
+    pooled = evaluate_scores(scores, labels, said=said)
+    over, names = {}, METRICS if labels.ndim == 1 else SEVERAL
+    for key in names:
         values = [metrics[key] for metrics in each]
         over[key] = {"mean": float(np.mean(values)), "deviation": float(np.std(values, ddof=1)), "folds": values}
     write_json(out / "folds.json", {"over_folds": over, "pooled": pooled})
     lines = [f"\n{len(each)} folds, {pooled['n']} clips", "                     mean   deviation over folds   all clips together"]
-    for key in METRICS:
+    for key in names:
         low, high = pooled[f"{key}_ci95"]
         lines.append(f"  {key.replace('_', ' '):<18} {over[key]['mean']:.3f}   {over[key]['deviation']:.3f}                  "
                      f"{pooled[key]:.3f} (95% interval {low:.3f} to {high:.3f})")
@@ -239,14 +257,16 @@ def evaluation_data(state, data, audio_dir, split):
         own = Manifest.from_dict(state["manifest"])
         if own.classes != state["classes"]:
             raise ValueError("the classes of its manifest are not its own")
+        if own.multi_label and state["loss"]["name"] not in SIGMOID:
+            raise ValueError("its manifest has several labels a clip, which its loss cannot learn")
     if data is not None:
-        other = load_manifest(data, audio_dir)
+        other = load_manifest(data, audio_dir, own.classes)
         known = {path: row for row, path in enumerate(own.paths)}
         if np.mean([path in known for path in other.paths]) > 0.5:
             # The training data in another place: its split stands, or training clips would be tested on.
             own.root = other.root
         else:
-            return _other_data(other, own.classes)
+            return _other_data(other, own.classes, own.multi_label)
     rows = own.rows(split)
     if len(rows) == 0:
         there = [name for name in SPLITS if len(own.rows(name))]
@@ -258,21 +278,25 @@ def evaluation_data(state, data, audio_dir, split):
     return own, rows, split, [f"data: {own.root}, the split made in training"]
 
 
-def _other_data(other, classes):
+def _other_data(other, classes, multi_label):
     """Map another data set's labels to the checkpoint's classes; all of its readable clips are used."""
     strange = [name for name in other.classes if name not in classes]
     if strange:
         raise DataError(f"--data: classes that the checkpoint does not know: {', '.join(strange[:5])}"
                         f"{' ...' if len(strange) > 5 else ''}; it knows {', '.join(classes[:5])}"
                         f"{' ...' if len(classes) > 5 else ''}; rename or leave them out")
+    if not multi_label and other.multi_label and any(len(held) > 1 for held, _ in other.label_sets):
+        raise DataError(f"--data {other.root}: clips with several labels, but the checkpoint has learnt that a clip has one; give "
+                        "clips with one label, or a checkpoint of such data")
+    if multi_label != other.multi_label:
+        other = other.with_sets([((int(label),), ()) for label in other.labels]) if multi_label else other.one_label()
     seen = scan(other, None, full=False)
     keep = np.flatnonzero(seen.ok)
     if len(keep) == 0:
         raise DataError(f"--data {other.root}: none of the {len(other)} files can be read; the first: "
                         f"{other.paths[0]}: {seen.reasons[0]}")
-    found = other.take(keep)
-    found.labels = np.array([classes.index(name) for name in other.classes], dtype=np.int32)[found.labels]
-    found.classes, found.duration = classes, seen.duration[keep]
+    found = other.take(keep).relabelled(classes, [classes.index(name) for name in other.classes])
+    found.duration = seen.duration[keep]
     notes = [f"data: {other.root}, all {len(keep)} clips (not the training data)"]
     if len(keep) < len(other):
         notes.append(f"  {len(other) - len(keep)} files cannot be read and are left out")
@@ -332,7 +356,8 @@ def main(argv=None):
     folder = Path(args.out) if args.out else path.parent / split
     metrics = write_results(folder, result, manifest, state["classes"], split, calibration_of(state))
     print("\n".join(result_lines(metrics)))
-    print(f"written: {folder}/metrics.json, predictions.csv, scores.npz, per_class.csv, confusion.png")
+    print(f"written: {folder}/metrics.json, predictions.csv, scores.npz, per_class.csv" + ", confusion.png" * (
+        not manifest.multi_label))
 
 
 if __name__ == "__main__":

@@ -44,8 +44,9 @@ from data.prepare import cache_folder, noise_recordings, prepare
 from data.sampling import SAMPLERS, quotas, write_heard
 from data.scan import write_bad_files
 from data.splits import split_hash, write_split
-from evaluate import Evaluation, calibration_of, evaluate, fail, pooled_results, restore, result_lines, weights_of, write_results
-from losses import balanced_alpha, build_loss, soft_target
+from evaluate import (Evaluation, calibration_of, decisions, evaluate, fail, pooled_results, restore, result_lines, weights_of,
+                      write_results)
+from losses import SIGMOID, balanced_alpha, build_loss, hits, soft_target
 from model.ast import AST, ASTConfig
 from model.frontend import FrontendConfig, build_frontend
 from model.groups import freeze_backbone, parameter_groups
@@ -114,7 +115,8 @@ def parse(argv=None, source=""):
     add("--recipe", choices=tuple(RECIPES), help="a set of flag values (default: demo for the demo, else baseline)")
     add("--epochs", type=int, default=50, help="most epochs")
     add("--patience", type=int, default=7, help="stop after so many epochs without a better one")
-    add("--monitor", default="val_acc", choices=("val_acc", "val_macro_f1", "val_map", "val_loss"), help="what best is")
+    add("--monitor", default="val_acc", choices=("val_acc", "val_macro_f1", "val_map", "val_loss"), help="what best is; where clips "
+        "have several labels, val_map says most")
     add("--batch-size", type=batch_size, default=4, help="clips on the device at once, or auto: as many as fit")
     add("--effective-batch", type=int, help="clips per optimiser step, by accumulation (default: 32, or the next "
         "multiple of the batch size)")
@@ -127,9 +129,11 @@ def parse(argv=None, source=""):
     add("--layer-decay", type=float, default=1.0, help="LR of each block as a share of the next one's")
     add("--weight-decay", type=float, default=1e-2, help="AdamW's, none on biases, norms, tokens, positions")
     add("--clip-grad", type=float, default=1.0, help="largest gradient norm (0: no clipping)")
-    add("--loss", default="focal", choices=("focal", "ce", "bce"), help="loss")
-    add("--gamma", type=float, default=2.0, help="focal loss: focus")
-    add("--alpha", default="none", help="focal loss: class weight: none, a number, or balanced by class frequency")
+    add("--loss", default="focal", choices=("focal", "ce", *SIGMOID), help="loss; bce and focal-bce take each class for itself, "
+        "for clips that may have several labels (in a CSV as a;b)")
+    add("--gamma", type=float, default=2.0, help="focal losses: focus")
+    add("--alpha", default="none", help="focal loss: class weight: none, a number, or balanced by class frequency; focal-bce: "
+        "none, or the weight of present classes, 0 to 1, absent ones having the rest")
     add("--logit-adjust", type=float, default=0.0, help="focal loss, cross-entropy: logits shifted by so many times the log "
         "of the class frequency in training")
     add("--ema", type=float, default=0.0, help="decay of an average of the weights, which is then evaluated and used (0: none)")
@@ -208,7 +212,7 @@ def check_flags(parser, args, given):
                      f"{micro_batches * size}")
     if args.warmup_epochs > args.epochs:
         parser.error(f"--warmup-epochs {args.warmup_epochs:g}: longer than the run of --epochs {args.epochs}; lower it")
-    if args.logit_adjust and args.loss == "bce":
+    if args.logit_adjust and args.loss in SIGMOID:
         parser.error("--logit-adjust: belongs to a softmax loss; use --loss focal or ce")
     if args.noise_dir and not args.noise_p:
         parser.error("--noise-dir: does nothing without --noise-p; give it, 0.5 for instance")
@@ -219,6 +223,8 @@ def check_flags(parser, args, given):
             args.alpha = float(args.alpha)
         except ValueError:
             parser.error(f"--alpha {args.alpha}: none, a number, or balanced")
+    if args.loss == "focal-bce" and args.alpha != "none" and (args.alpha == "balanced" or not 0 <= args.alpha <= 1):
+        parser.error(f"--alpha {args.alpha}: with --loss focal-bce none, or a number in 0 to 1")
     try:
         SaveTimer(args.save_every)
         frontend = FrontendConfig.of(args.frontend, args.fmin, args.fmax)
@@ -308,7 +314,7 @@ def accumulate(t, window, epoch, clips):
                     logits = t.forward(spec[piece], *(None if draw is None else draw[piece] for draw in draws))
                 loss = t.loss_fn(logits, target[piece])  # per clip, float32
                 t.precision.scaler.scale(loss.sum() / clips).backward()
-                right = logits.argmax(dim=1) == target[piece].argmax(dim=1)
+                right = hits(logits, target[piece])
                 sums = sums + torch.stack([loss.detach().sum(), right.sum()]).float()
                 losses.append((batch.rows[piece], loss.detach()))
     return sums, losses
@@ -411,11 +417,14 @@ def main(argv=None):
     # data
     if state is None:
         manifest, bad_files = ranks.once(lambda: prepare(args.data, args.audio_dir, args.fold, args.min_clips,
-                                                         args.max_bad_share, args.scan, args.seed, args.cache_dir))
+                                                         args.max_bad_share, args.scan, args.seed, args.cache_dir,
+                                                         several=args.loss in SIGMOID))
     else:
         with reading(state.path):
             manifest = Manifest.from_dict(state["manifest"])
             bad_files = [(path, reason) for path, reason in state["bad_files"]]
+            if manifest.multi_label and args.loss not in SIGMOID:
+                raise ValueError("its manifest has several labels a clip, which its loss cannot learn")
     rows = {split: manifest.rows(split) for split in ("train", "val", "test")}
     print(f"  {len(manifest.classes)} classes; " + ", ".join(f"{len(rows[split])} {split}" for split in rows))
 
@@ -483,6 +492,7 @@ def main(argv=None):
     loading = {"workers": workers, "pin": device.type == "cuda"}
     loader = TrainLoader(clips, rows["train"], args.batch_size, args.effective_batch, args.seed, sampler=args.sampler, **loading)
     if args.sampler != "shuffle":
+        counts = np.bincount(manifest.labels[rows["train"]], minlength=len(manifest.classes))  # of several labels the first
         often = quotas(counts, len(rows["train"]), SAMPLERS[args.sampler])
         print(f"sampler {args.sampler}: clips of a class in an epoch, " + ", ".join(
             f"{manifest.classes[c]} {counts[c]} -> {often[c]}" for c in np.argsort(-counts, kind="stable")[[0, len(counts) // 2, -1]])
@@ -503,7 +513,7 @@ def main(argv=None):
         write_bad_files(bad_files, run_dir / "bad_files.csv")
         write_split(manifest, run_dir / "split.csv")
         write_json(run_dir / "run.json", {
-            "flags": vars(args), "classes": manifest.classes, "clips": {split: len(rows[split]) for split in rows},
+            "flags": vars(args), "classes": manifest.classes, "multi_label": manifest.multi_label, "clips": {split: len(rows[split]) for split in rows},
             "unreadable": len(bad_files), "split_sha256": split_hash(manifest), "weights": weights, "parameters": n_params,
             "model": model.config.to_dict(), "frontend": frontend.config.to_dict(), "precision": precision.name,
             "steps_per_epoch": steps_per_epoch, "warmup_steps": warmup_steps, "processes": ranks.size,
@@ -648,7 +658,9 @@ def main(argv=None):
             result = score("val")
         if result is None:
             return interrupted()
-        figures, calibration = point_metrics(result.scores, result.labels), calibrate(result.scores, result.labels)
+        calibration = calibrate(result.scores, result.labels)
+        said = decisions(result.scores, calibration) if manifest.multi_label else None
+        figures = point_metrics(result.scores, result.labels, said)
         row = {"epoch": epoch + 1, "train_loss": progress.loss, "train_acc": progress.accuracy,
                "val_loss": float(result.losses.mean()), "val_acc": figures["accuracy"], "val_macro_f1":
                figures["macro_f1"], "val_map": figures["map"], **{k: float(lr) for k, lr in group_lrs(optimizer).items()},

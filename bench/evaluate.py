@@ -29,7 +29,7 @@ def ours(waves, args, precision):
     dim, depth, heads = SIZES[args.size]
     model = AST(ASTConfig(CLASSES, dim=dim, depth=depth, heads=heads)).to(precision.device)
     frontend, loss_fn = Fbank().to(precision.device), CrossEntropy()
-    manifest = SimpleNamespace(labels=np.zeros(len(waves), np.int32))
+    manifest = SimpleNamespace(labels=np.zeros(len(waves), np.int32), multi_label=False)
     batches = [Batch(waves[i:i + args.batch], torch.zeros(len(waves[i:i + args.batch]), dtype=torch.long),
                      np.arange(i, min(i + args.batch, len(waves))), []) for i in range(0, len(waves), args.batch)]
     return lambda: evaluate(model, frontend, batches, manifest, np.arange(len(waves)), loss_fn, precision)

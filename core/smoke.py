@@ -26,7 +26,8 @@ def overfit(model, loss_fn, spec, target, autocast, steps=60, lr=1e-3):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
-        correct = (logits.argmax(1) == target.argmax(1)).float().mean().item()
+        best = logits.masked_fill(target.isnan(), -torch.inf).argmax(1, keepdim=True)
+        correct = (target.gather(1, best) >= 0.5).float().mean().item()
         if (losses[-1] < 0.05 * losses[0] and correct == 1) or time.perf_counter() > deadline:
             break
     model.load_state_dict(kept)

@@ -94,7 +94,8 @@ class Augment:
     def mixup(self, wave, target, epoch, clips):
         """Mix each clip with the next one of the batch (H. Zhang et al., "mixup", 2018).
 
-        wave (B, samples), target (B, classes) soft labels, clips: B clip numbers -> the same shapes.
+        wave (B, samples), target (B, classes) soft labels, clips: B clip numbers -> the same shapes. A class that is
+        unknown (NaN) in either clip of a mix stays so.
         """
         if self.mixup_alpha == 0 or len(wave) < 2:
             return wave, target
@@ -104,8 +105,9 @@ class Augment:
         share = betaincinv(self.mixup_alpha, self.mixup_alpha, u[:, 0])  # of the clip itself
         share = np.where(u[:, 1] < self.mixup_p, np.maximum(share, 1 - share), 1.0)
         share = torch.as_tensor(share, dtype=torch.float32).to(wave.device, non_blocking=True)[:, None]
+        mixed = share * target + (1 - share) * target.roll(-1, 0)
         return (share * wave + (1 - share) * wave.roll(-1, 0),
-                share * target + (1 - share) * target.roll(-1, 0))
+                torch.where(share < 1, mixed, target))  # 0 * NaN is NaN: a clip that is not mixed keeps its labels
 
     def spec_augment(self, spec, silence, epoch, clips):
         """Cover a band of mels and a stretch of frames of each clip (D. S. Park et al., "SpecAugment",

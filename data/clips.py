@@ -18,7 +18,7 @@ from .sampling import SAMPLERS, epoch_order, epoch_windows
 @dataclass
 class Batch:
     wave: torch.Tensor  # (B, samples) float32
-    target: torch.Tensor  # (B,) class indices
+    target: torch.Tensor  # (B,) class indices; (B, classes) float32 where clips may have several, see Manifest.targets
     rows: np.ndarray  # (B,) row of each clip in the manifest
     broken: list  # [(row, reason)] of clips that could not be read and are not in the batch
     trouble: str | None = None  # why decoded audio is not kept any more
@@ -121,7 +121,8 @@ class Clips(Dataset):
                 noise = self._noise(clips, epoch)
         wave, good, broken = self._waves(rows, starts)
         rows = rows[good]
-        return Batch(wave, torch.from_numpy(self.manifest.labels[rows].astype(np.int64)), rows, broken,
+        target = self.manifest.targets(rows) if self.manifest.multi_label else self.manifest.labels[rows].astype(np.int64)
+        return Batch(wave, torch.from_numpy(target), rows, broken,
                      self.cache and self.cache.trouble, None if noise is None else noise[torch.from_numpy(good)], clips[good])
 
     def _waves(self, rows, starts):

@@ -8,7 +8,7 @@ import io
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from sys import intern
@@ -25,8 +25,9 @@ SPLIT_WORDS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1,
 # Names that columns go by, the likeliest first; compared in lower case with _ for blanks and hyphens.
 COLUMNS = {
     "path": "path filepath file_path filename file_name file slice_file_name audio audio_path audio_file fname wav",
-    "label": "label category class_name primary_label class species common_name scientific_name ebird_code target "
-             "classid class_id label_id",
+    "label": "label labels category class_name primary_label class species common_name scientific_name ebird_code target "
+             "classid class_id label_id positive_labels",
+    "secondary label": "secondary_labels secondary_label unknown ignore",
     "split": "split subset set partition",
     "fold": "fold folds",
     "group": "group group_id recording_id recording src_file source_file fsid original original_file recordist author "
@@ -34,6 +35,7 @@ COLUMNS = {
     "start": "start start_time start_s onset",
     "end": "end end_time end_s stop",
 }
+LISTS = {"labels", "positive_labels", "secondary_labels"}  # columns whose cells may be lists with commas: a,b or ['a', 'b']
 
 # What a file name says of the recording that it was cut from: the first bracket, beside the two of a time
 # range, which must rise. A weak one is not used where it would leave most classes in one group each.
@@ -54,7 +56,7 @@ class DataError(ValueError):
         super().__init__(printable(message))
 
 
-COLUMN_TYPES = {"labels": np.int32, "start": np.float32, "end": np.float32, "group": np.int32, "split": np.int8,
+COLUMN_TYPES = {"labels": np.int32, "label_set": np.int32, "start": np.float32, "end": np.float32, "group": np.int32, "split": np.int8,
                 "fold": np.int16, "duration": np.float32}
 
 
@@ -65,7 +67,7 @@ class Manifest:
     root: Path  # absolute
     classes: list[str]
     paths: list[str]  # relative to root, with /; bytes that are not UTF-8 as surrogate escapes
-    labels: np.ndarray  # (n,) int32 index into classes
+    labels: np.ndarray  # (n,) int32 index into classes; of several labels the first one
     start: np.ndarray  # (n,) float32 seconds into the file
     end: np.ndarray  # (n,) float32 seconds into the file; nan is the file's end
     group: np.ndarray  # (n,) int32: clips of one recording share a code
@@ -74,6 +76,10 @@ class Manifest:
     fold: np.ndarray | None  # (n,) int16
     notes: list[str]  # lines worth printing
     duration: np.ndarray | None = None  # (n,) float32 seconds of the clip, as a scan finds it
+    # Where clips may have several labels, else None and []: the classes that a clip holds, its first label first, and those of
+    # which it is not known whether it does. Counts, splits and rare classes go by all labels, samplers by the first one.
+    label_set: np.ndarray | None = None  # (n,) int32 index into label_sets
+    label_sets: list = field(default_factory=list)  # [((class, ...), (unknown class, ...))], each once
 
     def __len__(self):
         return len(self.paths)
@@ -92,9 +98,73 @@ class Manifest:
         """Rows of the split of that name, (k,) rising."""
         return np.flatnonzero(self.split == SPLITS.index(split))
 
+    @property
+    def multi_label(self):
+        """Whether each class is a question of its own: scores are then sigmoids, targets rows of `targets`."""
+        return self.label_set is not None
+
+    def positives(self, rows):
+        """Every label of these rows: (m,) index into rows and (m,) class."""
+        if not self.multi_label:
+            return np.arange(len(rows)), self.labels[rows]
+        held = [self.label_sets[i][0] for i in self.label_set[rows].tolist()]
+        return (np.repeat(np.arange(len(held)), np.array([len(classes) for classes in held], np.int64)),
+                np.array([c for classes in held for c in classes], np.int32))
+
+    def targets(self, rows):
+        """(k, classes) float32 of these rows: 1 for the labels of a clip, NaN for the unknown classes, else 0."""
+        found = np.zeros((len(rows), len(self.classes)), np.float32)
+        if self.multi_label:
+            for i, row in enumerate(self.label_set[rows].tolist()):
+                found[i, list(self.label_sets[row][1])] = np.nan
+        found[self.positives(rows)] = 1
+        return found
+
+    def label_text(self, row):
+        """The class of a row, or several as a; b."""
+        names = self.label_sets[self.label_set[row]][0] if self.multi_label else [self.labels[row]]
+        return "; ".join(self.classes[c] for c in names)
+
     def counts(self):
-        """Clips per class, (classes,)."""
-        return np.bincount(self.labels, minlength=len(self.classes))
+        """Clips per class, (classes,); a clip of several labels counts for each."""
+        return np.bincount(self.positives(range(len(self)))[1], minlength=len(self.classes))
+
+    def having(self, chosen):
+        """(n,) bool: which clips have a label among the chosen classes, a (classes,) mask."""
+        clip, label = self.positives(range(len(self)))
+        return np.bincount(clip[np.asarray(chosen)[label]], minlength=len(self)) > 0
+
+    def relabelled(self, classes, index):
+        """With other classes: index (old classes,) says which of the new ones each has become, -1 none. Clips that keep
+        no label are left out."""
+        index = np.asarray(index)
+        found = self.take(self.having(index >= 0))
+        found.classes = list(classes)
+        if not self.multi_label:
+            found.labels = index[found.labels].astype(np.int32)
+            return found
+        sets = [tuple(tuple(int(index[c]) for c in part if index[c] >= 0) for part in both) for both in self.label_sets]
+        return found.with_sets([sets[i] for i in found.label_set])
+
+    def with_sets(self, sets):
+        """With these labels: for each clip (classes, unknown classes)."""
+        tidy = {both: ((both[0][0], *sorted(set(both[0][1:]) - {both[0][0]})), tuple(sorted(set(both[1]) - set(both[0]))))
+                for both in set(sets)}
+        place = {both: i for i, both in enumerate(sorted(set(tidy.values())))}
+        return replace(self, label_sets=list(place), label_set=np.array([place[tidy[both]] for both in sets], np.int32),
+                       labels=np.array([both[0][0] for both in sets], np.int32))
+
+    def one_label(self):
+        """For a softmax over the classes: the same without secondary labels. Raises DataError where clips have several."""
+        if not self.multi_label:
+            return self
+        several = [row for row, i in enumerate(self.label_set.tolist()) if len(self.label_sets[i][0]) > 1]
+        if several:
+            raise DataError(f"--data {self.name}: {len(several)} of {len(self)} clips have several labels, such as "
+                            f"{self.paths[several[0]]} ({self.label_text(several[0])}): use --loss bce or focal-bce with "
+                            "--monitor val_map; if ; or | is part of a class's name, take it out there")
+        return replace(self, label_set=None, label_sets=[], notes=[*self.notes, "secondary labels are not used by a softmax "
+                       "loss and count as absent; --loss bce or focal-bce leaves them out"])
 
     def to_dict(self):
         """In plain types, for a checkpoint."""
@@ -106,6 +176,7 @@ class Manifest:
     def from_dict(cls, plain):
         """The manifest that `to_dict` took apart. Raises ValueError, or what else the parts raise, for one that it
         did not: it may come from a file that somebody else wrote."""
+        plain = {"label_set": None, "label_sets": [], **plain}  # which older checkpoints lack
         columns = {name: np.array(plain[name], kind) for name, kind in COLUMN_TYPES.items() if plain[name] is not None}
         found = cls(**{**plain, **columns, "root": Path(plain["root"])})
         if any(column.shape != (len(found),) for column in columns.values()):
@@ -113,18 +184,28 @@ class Manifest:
         if not (np.isin(found.labels, range(len(found.classes))).all() and np.isin(found.split, range(-1, 3)).all()
                 and (found.start >= 0).all() and not (found.end < 0).any()):
             raise ValueError("its manifest has a label, split, start or end out of range")
+        found.label_sets = [tuple(tuple(part) for part in both) for both in found.label_sets]
+        for held, unknown in found.label_sets:
+            both = [*held, *unknown]
+            if not held or len(set(both)) < len(both) or any(type(c) is not int or not 0 <= c < len(found.classes) for c in both):
+                raise ValueError("its manifest has a set of labels that is empty, out of range or not a set")
+        if found.multi_label and not (np.isin(found.label_set, range(len(found.label_sets))).all() and (
+                found.labels == [found.label_sets[i][0][0] for i in found.label_set]).all()):
+            raise ValueError("its manifest has clips whose sets of labels do not fit")
         for path in found.paths:
             if path.startswith("/") or "\0" in path or ".." in path.split("/"):
                 raise ValueError(f"its manifest names {path[:80]}, outside of the data folder")
         return found
 
 
-def load_manifest(data, audio_dir=None):
+def load_manifest(data, audio_dir=None, known=()):
     """Read labelled recordings from a folder or a CSV.
 
     data: a folder with one folder per class, the same under train/ val/ test/, a folder laid out like
     ESC-50 or UrbanSound8K, or a CSV. audio_dir: the folder that a CSV's paths are relative to, and must
-    stay inside; by default the CSV's own, or an audio/ folder beside it.
+    stay inside; by default the CSV's own, or an audio/ folder beside it. A cell of a CSV's label column may name several
+    classes, as a;b or a|b, and a column secondary_labels (or unknown, ignore) those of which it is not known whether the clip
+    holds them. known: classes that may stand there alone; else a class needs a clip of its own.
 
     Raises DataError for anything that leaves a clip without a file or a class.
     """
@@ -132,14 +213,14 @@ def load_manifest(data, audio_dir=None):
     if os.path.isdir(data):
         for table in (data / "meta/esc50.csv", data / "metadata/UrbanSound8K.csv"):
             if os.path.isfile(table):
-                return _from_table(table, audio_dir)
+                return _from_table(table, audio_dir, known)
         if audio_dir is not None:
             raise DataError(f"--audio-dir goes with a CSV, but --data {data} is a folder: leave --audio-dir out")
         return _from_folder(data)
     if not os.path.isfile(data) or suffix(data.name) not in (".csv", ".tsv", ".txt"):
         what = "is no .csv, .tsv or .txt table" if os.path.exists(data) else "is not there"
         raise DataError(f"--data {data} {what}; give a folder with one folder per class, or a CSV")
-    return _from_table(data, audio_dir)
+    return _from_table(data, audio_dir, known)
 
 
 # ---- folders
@@ -191,7 +272,7 @@ def _valid(value, is_valid):
 
 PARSERS = {  # of one field, and what it must be
     "path": (lambda field: _valid(field, field), "the path of a file"),
-    "label": (lambda field: _valid(field, field), "the name of a class"),
+    "label": (lambda field: _valid(field, _names(field, True)), "the name of a class"),
     "split": (lambda field: SPLIT_WORDS[field.lower()], "train, val or test, or take the column out"),
     "fold": (lambda field: int(float(_valid(field, re.fullmatch(r"\d{1,4}(\.0)?", field)))), "a whole number"),
     "start": (lambda field: _valid(float(field or 0), 0 <= float(field or 0) < 1e9), "seconds from 0 up, such as 1.5"),
@@ -199,7 +280,16 @@ PARSERS = {  # of one field, and what it must be
 }
 
 
-def _from_table(table, audio_dir):
+def _names(field, is_list):
+    """The names in a cell, each once: a;b or a|b, and where the column may hold lists a,b or ['a', "b"] too."""
+    if is_list and re.fullmatch(r"\[.*\]", field, re.S):
+        found = [max(parts) for parts in re.findall(r"'([^']*)'|\"([^\"]*)\"|([^\s,;|'\"][^,;|'\"]*)", field[1:-1])]
+    else:
+        found = re.split(r"[;|,]" if is_list else r"[;|]", field)
+    return tuple(dict.fromkeys(name.strip() for name in found if name.strip()))
+
+
+def _from_table(table, audio_dir, known):
     header, numbers, rows = _read_table(table)
     columns, notes = _choose_columns(table, header, rows)
     fields = {role: [row[i] if role == "path" else row[i].strip() for row in rows] for role, i in columns.items()}
@@ -210,27 +300,36 @@ def _from_table(table, audio_dir):
             except (KeyError, ValueError):
                 raise DataError(f"{table} row {numbers[i]}: {header[columns[role]]} is {field!r}; make it "
                                 f"{wanted}") from None
+    for role in ("label", "secondary label"):
+        is_list = role in columns and re.sub(r"[ -]", "_", header[columns[role]].lower()) in LISTS
+        fields[role] = [_names(field, is_list) for field in fields.get(role, [""] * len(rows))]
+    first_labels = [names[0] for names in fields["label"]]
     start = np.array(fields.get("start", np.zeros(len(rows))), np.float32)
     end = np.array(fields.get("end", np.full(len(rows), np.nan)), np.float32)
     for i in np.flatnonzero(end <= start):
         raise DataError(f"{table} row {numbers[i]}: the clip ends at {end[i]:g} s, not after its start; mend the row")
-    root, paths = _place(table, audio_dir, numbers, fields)
+    root, paths = _place(table, audio_dir, numbers, {**fields, "label": first_labels})
     if root != table.parent and audio_dir is None:
         notes.append(f"the audio is in {root}")
     first, kept = {}, []
     for i, clip in enumerate(zip(paths, start.tolist(), np.nan_to_num(end, nan=-1).tolist())):
         j = first.setdefault(clip, i)
-        for role in ("label", "split", "fold"):
+        for role in ("label", "split", "fold", "secondary label"):
             if role in fields and fields[role][i] != fields[role][j]:
-                raise DataError(f"{table} rows {numbers[j]} and {numbers[i]}: one clip with two {role}s, "
-                                f"{rows[j][columns[role]]} and {rows[i][columns[role]]}; take one row out")
+                one, other = rows[j][columns[role]].strip(), rows[i][columns[role]].strip()
+                raise DataError(f"{table} rows {numbers[j]} and {numbers[i]}: one clip with two {role}s, {one} and {other}; take "
+                                "one row out" + f", or name both in one row as {one};{other}" * (role == "label"))
         if i == j:
             kept.append(i)
     notes += [f"left out: {len(rows) - len(kept)} rows that repeat another row"] * (len(kept) < len(rows))
     name = table.parent.parent.name if table.parent.name in ("meta", "metadata") else table.stem
     pick = {role: [values[i] for i in kept] for role, values in fields.items()}
-    return _build(name, root, [paths[i] for i in kept], pick["label"], notes, pick.get("split"), pick.get("fold"),
-                  start[kept], end[kept], pick.get("group"), "column " + header[columns.get("group", 0)])
+    sets = list(zip(pick["label"], pick["secondary label"], strict=True))
+    if not any(len(held) > 1 or unsure for held, unsure in sets):
+        sets = None
+    return _build(name, root, [paths[i] for i in kept], [first_labels[i] for i in kept], notes, pick.get("split"),
+                  pick.get("fold"), start[kept], end[kept], pick.get("group"), "column " + header[columns.get("group", 0)],
+                  sets, known)
 
 
 def _read_table(table):
@@ -321,16 +420,26 @@ def _place(table, audio_dir, numbers, fields):
     return Path(layout[0]), paths
 
 
-def _build(name, root, paths, labels, notes, split=None, fold=None, start=None, end=None, group=None, source=None):
-    """The manifest of these columns, sorted, so that it is the same in whatever order the rows came."""
+def _build(name, root, paths, labels, notes, split=None, fold=None, start=None, end=None, group=None, source=None,
+           sets=None, known=()):
+    """The manifest of these columns, sorted, so that it is the same in whatever order the rows came. sets: where clips may
+    have several labels, all names of each clip and those that it may hold or not."""
     start = np.zeros(len(paths), np.float32) if start is None else start
     end = np.full(len(paths), np.nan, np.float32) if end is None else end
     order = np.lexsort((np.nan_to_num(end, nan=-1), start)).tolist()
     plain = all(map(str.isascii, paths))  # else by bytes, as bytes that are not UTF-8 have no place among characters
     order.sort(key=paths.__getitem__ if plain else lambda i: os.fsencode(paths[i]))
     paths, labels = [paths[i] for i in order], [labels[i] for i in order]
-    shown = {label: printable(label) for label in set(labels)}
-    classes = sorted(set(shown.values()))
+    shown = {label: printable(label) for label in set(labels).union(*(held for held, _ in sets or ()))}
+    classes = set(shown.values())
+    if sets:
+        unsure = {label: printable(label) for label in set().union(*(unsure for _, unsure in sets))}
+        strange = sorted(set(unsure.values()) - classes - set(known))
+        notes += [f"secondary labels left out, since no clip has them as its own: {', '.join(strange[:5])}"
+                  + f" and {len(strange) - 5} more" * (len(strange) > 5)] * bool(strange)
+        classes |= set(unsure.values()) & set(known)
+        shown = unsure | shown
+    classes = sorted(classes)
     if len(classes) < 2:
         raise DataError("; ".join([f"--data {root}: only one class ({classes[0]}); give two or more, each a folder "
                                    "directly in --data or a label of its own", *notes]))
@@ -341,11 +450,17 @@ def _build(name, root, paths, labels, notes, split=None, fold=None, start=None, 
         group, source = _groups_by_name(paths, file_of, labels, notes)
     else:  # an empty field says nothing; \0 is in no path
         group = unite(codes(group[i] or "\0" + path for i, path in zip(order, paths)), file_of)
+    if sets:
+        sets = [tuple(tuple(position[shown[label]] for label in names if shown[label] in position) for names in sets[i]) for i in order]
+        several, unknown = sum(len(held) > 1 for held, _ in sets), sum(bool(unsure) for _, unsure in sets)
+        notes += [f"several labels: {several} of {len(sets)} clips, {max(len(held) for held, _ in sets)} at most; secondary "
+                  f"labels, neither present nor absent: {unknown} clips"] * bool(several or unknown)
     order = np.array(order)
-    return Manifest(
+    found = Manifest(
         name, Path(root), classes, paths, labels, start[order], end[order], group, source,
         np.full(len(paths), -1, np.int8) if split is None else np.array(split, np.int8)[order],
         None if fold is None else np.array(fold, np.int16)[order], [printable(note) for note in notes])
+    return found.with_sets(sets) if sets and (several or unknown) else found
 
 
 def _groups_by_name(paths, file_of, labels, notes):

@@ -20,12 +20,12 @@ def cache_folder(name=None):
 
 
 def prepare(data, audio_dir=None, fold=None, min_clips=1, max_bad_share=0.05, how="auto", seed=0, cache_dir=None,
-            say=print):
+            say=print, several=False):
     """Find, scan, clean and split the recordings.
 
     data: "demo", class folders, a CSV or a known layout; how: "full" decodes every file once, "headers" does
     not, "auto" does up to 5,000 files; cache_dir: see `cache_folder`, the scan is remembered there; `say` gets each line
-    for the person.
+    for the person; several: whether the loss can learn clips with several labels.
     Returns (manifest of the readable clips, [(path, reason)] of the others). Raises DataError.
     """
     if data == "demo":
@@ -33,6 +33,7 @@ def prepare(data, audio_dir=None, fold=None, min_clips=1, max_bad_share=0.05, ho
             "  python train.py --data FOLDER_OR_CSV --warmup-epochs 0 --batch-size 4")
         data = write_demo(DEMO)
     manifest = load_manifest(data, audio_dir)
+    manifest = manifest if several else manifest.one_label()
     full = how == "full" or how == "auto" and len(manifest) <= DECODE_ALL_UP_TO
     seen = scan(manifest, cache_folder(cache_dir) / "scan", full)
     _say(say, f"data: {manifest.root}", manifest.notes + summary(seen, manifest))
@@ -47,7 +48,7 @@ def prepare(data, audio_dir=None, fold=None, min_clips=1, max_bad_share=0.05, ho
     keep = np.flatnonzero(seen.ok)
     manifest, twins = manifest.take(keep), twins[keep]
     if min_clips > 1:
-        frequent = manifest.counts()[manifest.labels] >= min_clips
+        frequent = manifest.having(manifest.counts() >= min_clips)
         manifest, notes = drop_rare(manifest, min_clips)
         twins = twins[frequent]
         _say(say, None, notes)

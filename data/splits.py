@@ -82,7 +82,7 @@ def audit(manifest, duplicates):
         return SPLITS[manifest.split[row]]
 
     def label(row):
-        return manifest.classes[manifest.labels[row]]
+        return manifest.label_text(row)
 
     order = np.lexsort((manifest.split, manifest.group))
     grouped, splits = manifest.group[order], manifest.split[order]
@@ -107,35 +107,37 @@ def drop_rare(manifest, minimum):
         return manifest, []
     if len(kept) < 2:
         raise DataError(f"--min-clips {minimum} leaves {len(kept)} of {len(counts)} classes; give a smaller number")
-    smaller = manifest.take(np.isin(manifest.labels, kept))
-    smaller.labels = np.searchsorted(kept, smaller.labels).astype(np.int32)
-    smaller.classes = [manifest.classes[i] for i in kept]
+    smaller = manifest.relabelled([manifest.classes[i] for i in kept],
+                                  np.where(counts >= minimum, np.cumsum(counts >= minimum) - 1, -1))
     rare = [f"{manifest.classes[i]} ({counts[i]})" for i in np.flatnonzero(counts < minimum)]
     return smaller, [f"left out: {len(rare)} classes with fewer than {minimum} clips, {len(manifest) - len(smaller)} "
                      f"clips in all: {_some(rare)}"]
 
 
 def write_split(manifest, path):
-    """Write `path,label,split,group,start,end`, one clip a row; empty where there is no split or end."""
+    """Write `path,label,split,group,start,end`, one clip a row; empty where there is no split or end. Where clips may have
+    several labels, label is as a; b and a column unknown follows."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC)  # quotes keep blanks and line breaks in names
-    writer.writerow(COLUMNS)
+    writer.writerow([*COLUMNS, "unknown"] if manifest.multi_label else COLUMNS)
     writer.writerows(_fields(manifest))
     write_atomic(path, os.fsencode(text.getvalue()))
 
 
 def split_hash(manifest):
-    """SHA-256 (hex) of every clip's path, label, split, start and end, whatever the order of the rows."""
-    lines = sorted(os.fsencode("\0".join([path, label, split, str(start), str(end)]))
-                   for path, label, split, _, start, end in _fields(manifest))
+    """SHA-256 (hex) of every clip's path, labels, split, start and end, whatever the order of the rows."""
+    lines = sorted(os.fsencode("\0".join([path, label, split, str(start), str(end), *unknown]))
+                   for path, label, split, _, start, end, *unknown in _fields(manifest))
     return hashlib.sha256(b"\n".join(lines)).hexdigest()
 
 
 def _fields(manifest):
     for row, path in enumerate(manifest.paths):
         split, end = manifest.split[row], manifest.end[row]
-        yield (path, manifest.classes[manifest.labels[row]], SPLITS[split] if split >= 0 else "",
-               int(manifest.group[row]), manifest.start[row], "" if np.isnan(end) else end)
+        unsure = [manifest.label_sets[manifest.label_set[row]][1]] if manifest.multi_label else []
+        yield (path, manifest.label_text(row), SPLITS[split] if split >= 0 else "",
+               int(manifest.group[row]), manifest.start[row], "" if np.isnan(end) else end,
+               *("; ".join(manifest.classes[c] for c in classes) for classes in unsure))
 
 
 def _some(names):
@@ -160,9 +162,9 @@ def _by_fold(manifest, fold):
 
 
 def _need_training(manifest):
-    known = manifest.labels[manifest.rows("train")]
+    known = manifest.positives(manifest.rows("train"))[1]
     for name in ("test", "val"):
-        unknown = np.setdiff1d(manifest.labels[manifest.rows(name)], known)  # in rising order
+        unknown = np.setdiff1d(manifest.positives(manifest.rows(name))[1], known)  # in rising order
         if len(unknown):
             raise DataError(f"label in {name} that is not in train: {_some([manifest.classes[i] for i in unknown])}; "
                             "move some of its clips to train, or take the class out")
@@ -176,7 +178,7 @@ class _Units:
     """
 
     def __init__(self, unit_of, labels, chance):
-        """unit_of, labels: (n,) unit from 0 and class of each clip."""
+        """unit_of, labels: (n,) unit from 0 and class of each clip, of one with several labels once for each."""
         n_labels = int(labels.max()) + 1
         pairs, clips = np.unique(unit_of * np.int64(n_labels) + labels, return_counts=True)
         self.unit, self.label = (pairs // n_labels).astype(np.int32), (pairs % n_labels).astype(np.int32)
@@ -203,7 +205,8 @@ def _make(manifest, duplicates, shares, wanted, seed):
     rows = manifest.rows("train")
     unit = _together(manifest, duplicates)[rows]
     unit = np.unique(unit, return_inverse=True)[1].astype(np.int32)  # (k,) from 0
-    units = _Units(unit, manifest.labels[rows], _chances(manifest.paths, rows, unit, seed))
+    clip, labels = manifest.positives(rows)
+    units = _Units(unit[clip], labels, _chances(manifest.paths, rows, unit, seed))
 
     places = [i for i in (TRAIN, TEST, VAL) if i == TRAIN or i in wanted]  # in the order that a class needs them
     share = {i: shares[i] if i in wanted else 1 - sum(shares[w] for w in wanted) for i in places}

@@ -1,6 +1,7 @@
 """Losses: (logits (B, C), target) -> (B,) float32, one value per clip.
 
-target is class indices (B,) or soft labels (B, C). Everything is computed in float32 from log-softmax or
+target is class indices (B,) or soft labels (B, C); for the sigmoid losses also labels (B, C) of clips that hold several
+classes, with NaN where it is not known whether a clip holds the class. Everything is computed in float32 from log-softmax or
 log-sigmoid, so logits of any size, in fp16 too, give finite values and gradients. Nothing is averaged
 here: the caller divides by the clips of the whole accumulation window.
 """
@@ -8,12 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+SIGMOID = ("bce", "focal-bce")  # losses that take each class for itself, and so several or unknown labels of a clip
+
 
 def soft_target(target, n_classes):
     """Class indices (B,) -> one-hot (B, C) float32; soft labels pass through in float32."""
     if target.dim() == 1:
         return F.one_hot(target, n_classes).float()
     return target.float()
+
+
+def hits(logits, target):
+    """Whether the highest of a clip's classes, the unknown ones left out, is one of its labels: logits (B, C), target class
+    indices (B,) or labels (B, C), of a mixed clip those of its larger part -> (B,) bool."""
+    target = soft_target(target, logits.shape[1])
+    best = logits.masked_fill(target.isnan(), -torch.inf).argmax(dim=1, keepdim=True)
+    return target.gather(1, best)[:, 0] >= 0.5
 
 
 class FocalLoss(nn.Module):
@@ -53,11 +64,42 @@ class CrossEntropy(nn.Module):
 
 
 class BCE(nn.Module):
-    """Binary cross-entropy with logits, averaged over classes, for clips with any number of labels."""
+    """Binary cross-entropy with logits, averaged over a clip's known classes (0 where it has none)."""
 
     def forward(self, logits, target):
         target = soft_target(target, logits.shape[1])
-        return F.binary_cross_entropy_with_logits(logits.float(), target, reduction="none").mean(dim=1)
+        loss = F.binary_cross_entropy_with_logits(logits.float(), target.nan_to_num(), reduction="none")
+        return known_mean(loss, target)
+
+
+class FocalBCE(nn.Module):
+    """Binary focal loss averaged over a clip's known classes: target * alpha * (1 - p) ** gamma * -log p
+    + (1 - target) * (1 - alpha) * p ** gamma * -log(1 - p) with p = sigmoid(logit).
+
+    T.-Y. Lin et al., "Focal Loss for Dense Object Detection", 2017; for hard labels torchvision's sigmoid_focal_loss. Linear
+    in the target, so that a mixed clip has the mean of its parts' losses. alpha: None for no weights, or 0 to 1.
+    """
+
+    def __init__(self, gamma=2.0, alpha=None):
+        super().__init__()
+        if alpha is not None and not (isinstance(alpha, (int, float)) and 0 <= alpha <= 1):
+            raise ValueError(f"alpha of focal-bce is {alpha!r:.40}: None, or a number from 0 to 1")
+        self.gamma = gamma
+        self.present, self.absent = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
+
+    def forward(self, logits, target):
+        target = soft_target(target, logits.shape[1])
+        log_p, log_not_p = F.logsigmoid(logits.float()), F.logsigmoid(-logits.float())
+        positive = -self.present * torch.exp(self.gamma * log_not_p) * log_p
+        negative = -self.absent * torch.exp(self.gamma * log_p) * log_not_p
+        share = target.nan_to_num()
+        return known_mean(share * positive + (1 - share) * negative, target)
+
+
+def known_mean(loss, target):
+    """(B, C) -> (B,): the mean of each clip's losses over the classes whose target is not NaN."""
+    known = ~target.isnan()
+    return torch.where(known, loss, 0.0).sum(dim=1) / known.sum(dim=1).clamp(min=1)
 
 
 def balanced_alpha(counts):
@@ -84,13 +126,13 @@ class Adjusted(nn.Module):
 
 
 def build_loss(name, gamma=2.0, alpha=None, label_smoothing=0.0, tau=0.0, frequency=None):
-    """The loss that the flags name. alpha: None, a number or (C,) class weights; tau: strength of the logit adjustment to
-    the class frequencies (C,), 0 for none."""
-    if name == "bce":
+    """The loss that the flags name. alpha: None, a number or, for focal alone, (C,) class weights; tau: strength of the logit
+    adjustment to the class frequencies (C,), 0 for none."""
+    if name in SIGMOID:
         if tau:
             raise ValueError("logit adjustment belongs to a softmax loss; use focal or ce")
-        return BCE()
+        return BCE() if name == "bce" else FocalBCE(gamma, alpha)
     if name not in ("focal", "ce"):
-        raise ValueError(f"loss {name!r}: focal, ce or bce")
+        raise ValueError(f"loss {name!r}: focal, ce, bce or focal-bce")
     loss = FocalLoss(gamma, alpha) if name == "focal" else CrossEntropy(label_smoothing)
     return Adjusted(loss, tau, frequency) if tau else loss

@@ -51,6 +51,11 @@ def _read(folder):
         run["history"] = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]} if rows else {}
         with open(folder / "test" / "predictions.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
             run["test"] = {(row["path"], row["start"]): (row["label"], row["prediction"]) for row in csv.DictReader(file)}
+        if run.get("multi_label"):
+            with np.load(folder / "test" / "scores.npz") as file:
+                run["several"] = [file[name] for name in ("labels", "scores", "said")]  # (n, classes) each
+                if {part.shape for part in run["several"]} != {(len(run["test"]), len(run["classes"]))}:
+                    raise ValueError("scores.npz is not of its predictions")
     except FileNotFoundError as error:
         raise CompareError(f"{error.filename}: not there; give the folders of two finished runs") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -68,19 +73,27 @@ def _figures(runs, n_boot, seed):
         if len(run["test"]) > len(both))]
     if any(runs[0]["test"][clip][0] != runs[1]["test"][clip][0] for clip in both):
         raise CompareError("the runs give one clip two labels: they are of different data")
+    several = ["several" in run for run in runs]
+    if any(several) and (not all(several) or runs[0]["classes"] != runs[1]["classes"]):
+        raise CompareError("clips have several labels in one run alone, or the runs know different classes: compare runs of one kind")
     classes = {name: i for i, name in enumerate(sorted({name for run in runs for clip in both for name in run["test"][clip]}))}
     labels = np.array([classes[runs[0]["test"][clip][0]] for clip in both])
     guesses = [np.array([classes[run["test"][clip][1]] for clip in both]) for run in runs]
+    rights = [guess == labels for guess in guesses]
     rng = np.random.default_rng(seed)
     draws = rng.integers(0, len(both), (n_boot, len(both)))
-    for name, figure in zip(FIGURES, (_accuracy, _macro_f1), strict=True):
-        a, b = (figure(labels, guess) for guess in guesses)
-        differences = [figure(labels[i], guesses[1][i]) - figure(labels[i], guesses[0][i]) for i in draws]
+    if all(several):
+        rights, found = _of_several(runs, both, draws)
+    else:
+        found = [[(figure(labels, guess), np.array([figure(labels[i], guess[i]) for i in draws])) for guess in guesses]
+                 for figure in (_accuracy, _macro_f1)]
+    for name, ((a, drawn_a), (b, drawn_b)) in zip(FIGURES, found, strict=True):
+        differences = drawn_b - drawn_a
         low, high = np.percentile(differences, (2.5, 97.5))
         verdict = "" if low <= 0 <= high else "  (b is better)" if low > 0 else "  (a is better)"
         lines.append(f"  {name:<10} a {a:.3f}   b {b:.3f}   b - a {b - a:+.3f}   (95% interval {low:+.3f} to {high:+.3f}){verdict}")
-    wins = [int(((guesses[i] == labels) & (guesses[1 - i] != labels)).sum()) for i in (0, 1)]
-    lines.append(f"  right in a alone {wins[0]}, in b alone {wins[1]}, in both {int(((guesses[0] == labels) & (guesses[1] == labels)).sum())}")
+    wins = [int((rights[i] & ~rights[1 - i]).sum()) for i in (0, 1)]
+    lines.append(f"  right in a alone {wins[0]}, in b alone {wins[1]}, in both {int((rights[0] & rights[1]).sum())}")
     return lines
 
 
@@ -95,6 +108,23 @@ def _macro_f1(labels, guesses):
     support, predicted = np.bincount(labels, minlength=n), np.bincount(guesses, minlength=n)
     there = support > 0
     return float((2 * hits[there] / (support + predicted)[there]).mean())
+
+
+def _of_several(runs, both, draws):
+    """Of runs whose clips have several labels: for each run which clips are right (their highest known class is one of their
+    labels), and for each of FIGURES [(figure, (n_boot,) figures of the resamples) of each run], as in the runs' metrics."""
+    weights = np.stack([np.bincount(draw, minlength=len(both)) for draw in [np.arange(len(both)), *draws]]).astype(np.float64)
+    rights, found = [], [[], []]
+    for run in runs:
+        place = {clip: i for i, clip in enumerate(run["test"])}
+        labels, scores, said = (part[[place[clip] for clip in both]] for part in run["several"])
+        truth, said = labels == 1, said & ~np.isnan(labels)
+        rights.append(truth[np.arange(len(both)), np.where(np.isnan(labels), -np.inf, scores).argmax(axis=1)])
+        held, named, right = (weights @ mask for mask in (truth, said, truth & said))  # (1 + n_boot, classes)
+        f1 = np.where(held > 0, 2 * right / np.maximum(held + named, 1), np.nan)
+        for values, into in zip((weights @ rights[-1] / len(both), np.nanmean(f1, axis=1)), found, strict=True):
+            into.append((float(values[0]), values[1:]))
+    return rights, found
 
 
 def _draw(runs, names, out):

@@ -206,9 +206,9 @@ def _short(value):
 
 def batch(specs, labels, targets, classes, out, sample_rate, hop_length, mel_hz, unit="standardised dB"):
     """Spectrograms as the model sees them, up to 16, on one colour scale, under the name of their class, or
-    of the two largest shares where a clip is mixed.
+    of the two largest shares where a clip is mixed or has several labels.
 
-    specs: (B, n_mels, frames) in `unit`. labels: (B,) class indices. targets: (B, classes) soft labels.
+    specs: (B, n_mels, frames) in `unit`. labels: (B,) class indices. targets: (B, classes) soft labels, nan unknown.
     mel_hz: (n_mels,) centre frequencies, ascending. Raises ValueError where these do not fit together.
     Values that are not finite are red.
     """
@@ -230,7 +230,9 @@ def batch(specs, labels, targets, classes, out, sample_rate, hop_length, mel_hz,
                 ax.set_axis_off()
                 continue
             image = _spectrogram(ax, shown[i], mel_hz, hop_length / sample_rate, low, high)
-            shares = [f"{plain(classes[c], 36)} {targets[i, c]:.0%}" for c in np.argsort(-targets[i])[:2] if targets[i, c] > 0]
+            held = [c for c in np.argsort(-targets[i], kind="stable") if targets[i, c] > 0]
+            shares = [plain(classes[c], 36) + f" {targets[i, c]:.0%}" * bool(targets[i, c] < 1) for c in held[:2]]
+            shares += [f"and {len(held) - 2} more"] * (len(held) > 2)
             title = plain(classes[labels[i]], 40) if len(shares) < 2 else "\n".join(shares)
             ax.set_title(title, fontsize=8, fontweight="normal")
             ax.tick_params(labelleft=i % columns == 0, labelbottom=i + columns >= len(shown))

@@ -64,7 +64,7 @@ def test_balanced_alpha_is_scikit_learns():
 
 def test_soft_target_and_unknown_names():
     assert torch.equal(soft_target(torch.tensor([1]), 3), torch.tensor([[0.0, 1.0, 0.0]]))
-    with pytest.raises(ValueError, match="focal, ce or bce"):
+    with pytest.raises(ValueError, match="focal, ce, bce or focal-bce"):
         build_loss("mse")
 
 

@@ -492,7 +492,7 @@ def test_take_and_dict(tmp_path):
             assert value.dtype == getattr(again, name).dtype, name
         else:
             assert value == getattr(again, name)
-    assert all(isinstance(value, (str, list)) for value in manifest.to_dict().values())
+    assert all(isinstance(value, (str, list)) for name, value in manifest.to_dict().items() if name != "label_set")
     without = load_manifest(table(tmp_path, "path,label\na.wav,x\nb.wav,y\n"))
     assert Manifest.from_dict(without.to_dict()).fold is None
 
