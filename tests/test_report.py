@@ -198,6 +198,13 @@ def test_batch(tmp_path, figures, n):
     assert any("16 of 20 clips" in text for text in texts(figures[0])) == (n == 20)
 
 
+def test_batch_of_several_labels(tmp_path, figures):
+    targets = np.array([[1, 1, 1, 1], [1, np.nan, 0, 1], [np.nan, 0, 1, 0], [0.6, 1, 0, 0]])
+    batch(np.zeros((4, 32, 40)), [0, 3, 2, 1], targets, list("abcd"), tmp_path / "batch.png", 16000, 160, MEL_HZ)
+    titles = [ax.get_title(loc="left") for ax in figures[0].axes if ax.images]
+    assert titles == ["a\nb\nand 2 more", "a\nd", "c", "b\na 60%"]
+
+
 def test_batch_axes_are_seconds_and_hertz_with_the_low_at_the_bottom(tmp_path, figures):
     specs = np.zeros((1, 32, 40))
     specs[0, :16] = 1.0  # the low half is bright
