@@ -513,7 +513,8 @@ def main(argv=None):
         write_bad_files(bad_files, run_dir / "bad_files.csv")
         write_split(manifest, run_dir / "split.csv")
         write_json(run_dir / "run.json", {
-            "flags": vars(args), "classes": manifest.classes, "multi_label": manifest.multi_label, "clips": {split: len(rows[split]) for split in rows},
+            "flags": vars(args), "classes": manifest.classes, "multi_label": manifest.multi_label,
+            "clips": {split: len(rows[split]) for split in rows},
             "unreadable": len(bad_files), "split_sha256": split_hash(manifest), "weights": weights, "parameters": n_params,
             "model": model.config.to_dict(), "frontend": frontend.config.to_dict(), "precision": precision.name,
             "steps_per_epoch": steps_per_epoch, "warmup_steps": warmup_steps, "processes": ranks.size,
@@ -659,7 +660,7 @@ def main(argv=None):
         if result is None:
             return interrupted()
         calibration = calibrate(result.scores, result.labels)
-        said = decisions(result.scores, calibration) if manifest.multi_label else None
+        said = decisions(result.scores, calibration) if manifest.multi_label else None  # at thresholds fitted on these clips
         figures = point_metrics(result.scores, result.labels, said)
         row = {"epoch": epoch + 1, "train_loss": progress.loss, "train_acc": progress.accuracy,
                "val_loss": float(result.losses.mean()), "val_acc": figures["accuracy"], "val_macro_f1":

@@ -56,8 +56,8 @@ class DataError(ValueError):
         super().__init__(printable(message))
 
 
-COLUMN_TYPES = {"labels": np.int32, "label_set": np.int32, "start": np.float32, "end": np.float32, "group": np.int32, "split": np.int8,
-                "fold": np.int16, "duration": np.float32}
+COLUMN_TYPES = {"labels": np.int32, "start": np.float32, "end": np.float32, "group": np.int32, "split": np.int8,
+                "fold": np.int16, "duration": np.float32, "label_set": np.int32}
 
 
 @dataclass
@@ -127,11 +127,11 @@ class Manifest:
 
     def counts(self):
         """Clips per class, (classes,); a clip of several labels counts for each."""
-        return np.bincount(self.positives(range(len(self)))[1], minlength=len(self.classes))
+        return np.bincount(self.positives(np.arange(len(self)))[1], minlength=len(self.classes))
 
     def having(self, chosen):
         """(n,) bool: which clips have a label among the chosen classes, a (classes,) mask."""
-        clip, label = self.positives(range(len(self)))
+        clip, label = self.positives(np.arange(len(self)))
         return np.bincount(clip[np.asarray(chosen)[label]], minlength=len(self)) > 0
 
     def relabelled(self, classes, index):
@@ -162,7 +162,7 @@ class Manifest:
         if several:
             raise DataError(f"--data {self.name}: {len(several)} of {len(self)} clips have several labels, such as "
                             f"{self.paths[several[0]]} ({self.label_text(several[0])}): use --loss bce or focal-bce with "
-                            "--monitor val_map; if ; or | is part of a class's name, take it out there")
+                            "--monitor val_map; if the separator is part of a class's name, take it out there")
         return replace(self, label_set=None, label_sets=[], notes=[*self.notes, "secondary labels are not used by a softmax "
                        "loss and count as absent; --loss bce or focal-bce leaves them out"])
 
@@ -272,7 +272,6 @@ def _valid(value, is_valid):
 
 PARSERS = {  # of one field, and what it must be
     "path": (lambda field: _valid(field, field), "the path of a file"),
-    "label": (lambda field: _valid(field, _names(field, True)), "the name of a class"),
     "split": (lambda field: SPLIT_WORDS[field.lower()], "train, val or test, or take the column out"),
     "fold": (lambda field: int(float(_valid(field, re.fullmatch(r"\d{1,4}(\.0)?", field)))), "a whole number"),
     "start": (lambda field: _valid(float(field or 0), 0 <= float(field or 0) < 1e9), "seconds from 0 up, such as 1.5"),
@@ -302,7 +301,12 @@ def _from_table(table, audio_dir, known):
                                 f"{wanted}") from None
     for role in ("label", "secondary label"):
         is_list = role in columns and re.sub(r"[ -]", "_", header[columns[role]].lower()) in LISTS
-        fields[role] = [_names(field, is_list) for field in fields.get(role, [""] * len(rows))]
+        names = {field: _names(field, is_list) for field in {*fields.get(role, [""])}}  # one tuple a cell's text, not a row
+        fields[role] = [names[field] for field in fields.get(role, [""] * len(rows))]
+    if () in fields["label"]:
+        i = fields["label"].index(())
+        raise DataError(f"{table} row {numbers[i]}: {header[columns['label']]} is {rows[i][columns['label']].strip()!r}; make it "
+                        "the name of a class")
     first_labels = [names[0] for names in fields["label"]]
     start = np.array(fields.get("start", np.zeros(len(rows))), np.float32)
     end = np.array(fields.get("end", np.full(len(rows), np.nan)), np.float32)
@@ -324,9 +328,8 @@ def _from_table(table, audio_dir, known):
     notes += [f"left out: {len(rows) - len(kept)} rows that repeat another row"] * (len(kept) < len(rows))
     name = table.parent.parent.name if table.parent.name in ("meta", "metadata") else table.stem
     pick = {role: [values[i] for i in kept] for role, values in fields.items()}
-    sets = list(zip(pick["label"], pick["secondary label"], strict=True))
-    if not any(len(held) > 1 or unsure for held, unsure in sets):
-        sets = None
+    sets = zip(pick["label"], pick["secondary label"], strict=True)
+    sets = list(sets) if any(pick["secondary label"]) or any(len(names) > 1 for names in pick["label"]) else None
     return _build(name, root, [paths[i] for i in kept], [first_labels[i] for i in kept], notes, pick.get("split"),
                   pick.get("fold"), start[kept], end[kept], pick.get("group"), "column " + header[columns.get("group", 0)],
                   sets, known)
@@ -451,7 +454,8 @@ def _build(name, root, paths, labels, notes, split=None, fold=None, start=None, 
     else:  # an empty field says nothing; \0 is in no path
         group = unite(codes(group[i] or "\0" + path for i, path in zip(order, paths)), file_of)
     if sets:
-        sets = [tuple(tuple(position[shown[label]] for label in names if shown[label] in position) for names in sets[i]) for i in order]
+        sets = [tuple(tuple(position[shown[label]] for label in names if shown[label] in position) for names in sets[i])
+                for i in order]
         several, unknown = sum(len(held) > 1 for held, _ in sets), sum(bool(unsure) for _, unsure in sets)
         notes += [f"several labels: {several} of {len(sets)} clips, {max(len(held) for held, _ in sets)} at most; secondary "
                   f"labels, neither present nor absent: {unknown} clips"] * bool(several or unknown)
