@@ -205,6 +205,12 @@ def weights_of(state):
     return state["ema"] or state["model"]
 
 
+def multi_label_of(state):
+    """Whether a checkpoint's clips may have several labels, so that each class is a question of its own."""
+    with reading(state.path):
+        return state["manifest"].get("label_set") is not None
+
+
 def calibration_of(state):
     """The temperature and the thresholds of a checkpoint {"temperature": float, "thresholds": [float]}: 1 and 0.5 in one that
     older versions wrote."""

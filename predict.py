@@ -35,7 +35,7 @@ from data.audio import AudioError, check
 from data.manifest import DataError
 from data.scan import printable, write_bad_files
 from data.stream import Windows, find_recordings, look, number_groups, window_batches
-from evaluate import INPUT_ERRORS, calibration_of, fail, find_checkpoint, restore, window_scores
+from evaluate import INPUT_ERRORS, calibration_of, fail, find_checkpoint, multi_label_of, restore, window_scores
 
 FORMATS = ("csv", "jsonl", "raven", "audacity")
 RAVEN = "Selection,View,Channel,Begin Time (s),End Time (s),Low Freq (Hz),High Freq (Hz),Label,Score".split(",")
@@ -59,7 +59,8 @@ def parse(argv=None):
         "one is moved back to end with the recording)")
     add("--threshold", type=float, help="score from which on a class counts (default: the checkpoint's for each class, 0.5 "
         "where it has none)")
-    add("--top-k", type=int, default=1, help="at most so many classes for a window, the best of those that count (default: 1)")
+    add("--top-k", type=int, help="at most so many classes for a window, the best of those that count (default: 1, all where "
+        "clips may have several labels)")
     add("--format", type=formats, default=["csv"], help=f"{', '.join(FORMATS)} or several with commas between (default: csv); "
         "jsonl: a line for each window; raven, audacity: a selection table or label track for each recording")
     add("--embeddings", action="store_true", help="write the model's features of each window, too: an .npz for each recording "
@@ -89,10 +90,10 @@ def formats(text):
 
 # --- what a window or a recording gets ---
 
-def kept(probabilities, temperature, thresholds, top_k):
+def kept(probabilities, temperature, multi_label, thresholds, top_k):
     """(classes,) probabilities as the model gives them -> [[class, calibrated score]] of the best `top_k` of those whose score
     reaches their threshold, best first."""
-    scores = temper(probabilities[None], temperature)[0]
+    scores = temper(probabilities[None], temperature, multi_label)[0]
     order = np.argsort(-scores, kind="stable")
     return [[int(i), round(float(scores[i]), 6)] for i in order[scores[order] >= thresholds[order]][:top_k]]
 
@@ -181,7 +182,7 @@ def replacing(path, mode="w"):
 
 
 @torch.inference_mode()
-def predict(model, frontend, batches, precision, new_part, bar):
+def predict(model, frontend, batches, precision, multi_label, new_part, bar):
     """Score every window of the batches and write the part of each recording -> windows scored. new_part(recording) opens
     one. Raises NumbersError where scores are not finite."""
     model.eval()
@@ -195,8 +196,8 @@ def predict(model, frontend, batches, precision, new_part, bar):
     with precision.window():
         for batch in batches:
             if batch.windows:
-                _, probabilities, features = window_scores(model, frontend, torch.from_numpy(batch.wave), precision)
-                probabilities, features = probabilities.cpu().double().numpy(), features.float().cpu().numpy()
+                _, probabilities, features = window_scores(model, frontend, torch.from_numpy(batch.wave), precision, multi_label)
+                features = features.float().cpu().numpy()
                 if not np.isfinite(probabilities).all():
                     raise NumbersError("the model's scores are not finite: its weights are damaged or the precision is too "
                                        "low; try --amp off")
@@ -369,7 +370,8 @@ def main(argv=None):
     print(f"checkpoint: {path}")
     state, device = load_checkpoint(path), pick_device(args.device)
     model, frontend = restore(state, device)
-    rate, calibration = frontend.config.sample_rate, calibration_of(state)
+    rate, calibration, multi_label = frontend.config.sample_rate, calibration_of(state), multi_label_of(state)
+    top_k = args.top_k or (len(state["classes"]) if multi_label else 1)
     thresholds = np.array(calibration["thresholds"] if args.threshold is None else [args.threshold] * len(state["classes"]))
     with reading(path):
         cut = Windows(rate, state["clip"]["samples"], state["clip"]["samples"], state["clip"]["short"])
@@ -384,7 +386,7 @@ def main(argv=None):
     print(f"device: {device}, {precision.name} ({precision.reason})")
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    settle(out, stored, {"checkpoint": digest, "hop": cut.hop / rate, "threshold": args.threshold, "top_k": args.top_k,
+    settle(out, stored, {"checkpoint": digest, "hop": cut.hop / rate, "threshold": args.threshold, "top_k": top_k,
                          "embeddings": args.embeddings, "device": device.type, "amp": precision.mode})
 
     look(recordings, cut)
@@ -395,7 +397,7 @@ def main(argv=None):
           + f"; {before} were done before" * bool(before))
 
     def new_part(recording):
-        return Part(out / "parts", recording, lambda p: kept(p, calibration["temperature"], thresholds, args.top_k),
+        return Part(out / "parts", recording, lambda p: kept(p, calibration["temperature"], multi_label, thresholds, top_k),
                     model.config.dim if args.embeddings else 0)
 
     threads = args.workers if args.workers > 0 else min(8, os.cpu_count() or 1) if device.type == "cuda" else 1
@@ -403,7 +405,8 @@ def main(argv=None):
     try:
         with tqdm(total=round(sum(recording.info.seconds for recording, _ in todo)), desc="predicting", unit="s", unit_scale=True,
                   leave=False, disable=not sys.stderr.isatty()) as bar:
-            windows = predict(model, frontend, window_batches(todo, cut, args.batch_size, threads), precision, new_part, bar)
+            windows = predict(model, frontend, window_batches(todo, cut, args.batch_size, threads), precision, multi_label, new_part,
+                              bar)
         took = time.perf_counter() - began
         good, bad, written = put_together(out, recordings, args.format, args.embeddings, state["classes"], frontend.config)
     except SystemExit:  # a signal

@@ -13,7 +13,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 import evaluate
 import train
-from core.calibration import calibrate, fit_temperature, fit_thresholds, reliability, temper_each
+from core.calibration import calibrate, fit_temperature, fit_thresholds, reliability, temper
 from core.checkpoint import load_checkpoint, save_checkpoint
 from core.metrics import SEVERAL, evaluate_scores, per_class, point_metrics, recall_by_frequency, resample_counts
 from data.augment import Augment
@@ -386,10 +386,10 @@ def test_labels_that_do_not_fit(labels, says):
         point_metrics([[0.5, 0.5]], [[1, 0]], [[True]])
 
 
-def test_temper_each_is_the_sigmoid_of_divided_logits():
+def test_temper_of_each_is_the_sigmoid_of_divided_logits():
     logits = torch.linspace(-30, 30, 60, dtype=torch.float64).view(20, 3)
-    np.testing.assert_allclose(temper_each(logits.sigmoid().numpy(), 3.0), (logits / 3).sigmoid().numpy(), atol=1e-9)
-    assert np.isfinite(temper_each(np.array([[1.0, 0.0]]), 0.05)).all()
+    np.testing.assert_allclose(temper(logits.sigmoid().numpy(), 3.0, True), (logits / 3).sigmoid().numpy(), atol=1e-9)
+    assert np.isfinite(temper(np.array([[1.0, 0.0]]), 0.05, True)).all()
 
 
 @pytest.mark.parametrize("sharp", [0.5, 2.5])
@@ -408,7 +408,7 @@ def test_the_temperature_that_was_put_in_is_found(sharp):
         return torch.nn.functional.binary_cross_entropy_with_logits(torch.from_numpy(sharp * true[known] / t), torch.from_numpy(
             labels[known])).item()
     assert loss(found) <= min(loss(found * 1.01), loss(found / 1.01))
-    tempered = temper_each(scores, found)
+    tempered = temper(scores, found, True)
     assert reliability(tempered, labels)[1] < 0.3 * reliability(scores, labels)[1]
 
 
@@ -437,7 +437,7 @@ def test_reliability_against_a_loop():
 def test_a_checkpoint_keeps_thresholds_of_tempered_scores():
     scores, labels, _ = scored()
     kept = calibrate(scores, labels)
-    assert kept["thresholds"] == fit_thresholds(temper_each(scores, kept["temperature"]), labels)
+    assert kept["thresholds"] == fit_thresholds(temper(scores, kept["temperature"], True), labels)
     said = evaluate.decisions(scores, kept)
     assert point_metrics(scores, labels, said)["macro_f1"] >= point_metrics(scores, labels)["macro_f1"]
 
