@@ -98,7 +98,8 @@ def parse(argv=None, source=""):
         "memory, on the GPU, or not kept; auto: on the GPU, else on the disk, where a quarter or half of it is enough")
     add("--cache-dir", help="folder of the cache and of the scan index (default: ~/.cache/warble)")
     add = parser.add_argument_group("model").add_argument
-    add("--weights", default="audioset", help="audioset, imagenet, none, or a .pth, .safetensors or .pt file")
+    add("--weights", default="audioset", help="audioset, imagenet, none, a .pth, .safetensors or .pt file, or a folder "
+        "that export.py --to hf wrote")
     add("--size", default="base", choices=("tiny", "small", "base"), help="AST size")
     add("--dim", type=int, help="any size: embedding dimension")
     add("--depth", type=int, help="any size: number of blocks")
@@ -439,6 +440,7 @@ def main(argv=None):
     weights = f"none (random, seed {args.seed})" if state is None else state["weights"]
     if state is None and args.weights != "none":
         report = ranks.once(lambda: load_pretrained(model, args.weights, own_reader=load_checkpoint))
+        model.set_grid(report.columns)  # where another process has loaded them
         weights = f"{report.source}, sha256 {report.sha256}"
         print("\n".join(report.lines()))
     model.to(device).checkpointing = args.checkpointing

@@ -3,7 +3,7 @@
 Y. Gong, Y.-A. Chung, J. Glass, "AST: Audio Spectrogram Transformer", Interspeech 2021. The layout of the
 parameters is timm's distilled DeiT, which the authors built on, so their weights load key by key.
 """
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -153,7 +153,7 @@ class AST(nn.Module):
         x = self.patch_embed(x.unsqueeze(1))  # (B, dim, rows, columns)
         positions = self._positions(*x.shape[2:])
         x = x.flatten(2).transpose(1, 2)  # (B, rows * columns, dim)
-        tokens = torch.cat([self.cls_token, self.dist_token], dim=1).expand(len(x), -1, -1)
+        tokens = torch.cat([self.cls_token, self.dist_token], dim=1).expand(x.shape[0], -1, -1)
         x = torch.cat([tokens, x], dim=1) + positions
         if kept is not None:
             x = torch.cat([x[:, :2], x[:, 2:].gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))], dim=1)
@@ -177,11 +177,22 @@ class AST(nn.Module):
 
     def _positions(self, rows, columns):
         """Position embedding (1, 2 + rows * columns, dim) for the real input, from the grid parameter."""
-        if (rows, columns) == self.config.grid:
-            return self.pos_embed
-        grid = self.pos_embed[:, 2:].transpose(1, 2).unflatten(2, self.config.grid)  # (1, dim, rows, columns)
-        grid = fit_grid(grid, rows, columns)
-        return torch.cat([self.pos_embed[:, :2], grid.flatten(2).transpose(1, 2)], dim=1)
+        return fit_positions(self.pos_embed, self.config.grid, (rows, columns))
+
+    def set_grid(self, columns):
+        """Give the position grid so many columns, where it has others; its values, now zeros, are to be loaded."""
+        if columns != self.config.time_patches:
+            self.config = replace(self.config, time_patches=columns)
+            rows, columns = self.config.grid
+            self.pos_embed = nn.Parameter(self.pos_embed.new_zeros(1, 2 + rows * columns, self.config.dim))
+
+
+def fit_positions(positions, grid, wanted):
+    """Position embedding (1, 2 + R * C, dim) of a grid (R, C), fitted to a grid `wanted`: (rows, columns)."""
+    if tuple(grid) == tuple(wanted):
+        return positions
+    fitted = fit_grid(positions[:, 2:].transpose(1, 2).unflatten(2, grid), *wanted)  # (1, dim, rows, columns)
+    return torch.cat([positions[:, :2], fitted.flatten(2).transpose(1, 2)], dim=1)
 
 
 def fit_grid(grid, rows, columns):

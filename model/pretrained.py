@@ -1,9 +1,11 @@
 """Weights from elsewhere into an AST, every tensor accounted for; never a random fallback.
 
 Sources: the AudioSet weights by name (pinned revision and sha256), timm's distilled DeiT by name, or a
-file: the authors' `.pth`, the hub's safetensors (or a folder that holds it), a checkpoint of this program.
+file: the authors' `.pth`, the hub's safetensors (or its folder, such as `export.py --to hf` writes), a checkpoint of
+this program. `to_hub` goes the other way, by the same map of names.
 """
 import hashlib
+import json
 import pickle
 import re
 import warnings
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .ast import fit_grid
+from .ast import fit_positions
 
 AUDIOSET = {
     "repo_id": "MIT/ast-finetuned-audioset-10-10-0.4593",
@@ -40,6 +42,7 @@ class LoadReport:
     sha256: str
     loaded: list = field(default_factory=list)  # model parameters taken as they are
     fitted: dict = field(default_factory=dict)  # model parameter -> how its shape was fitted
+    columns: int = 0  # of the model's position grid, now the source's
     reinitialised: dict = field(default_factory=dict)  # model parameter -> why
     unused: dict = field(default_factory=dict)  # source tensor -> why
     frontend: dict | None = None  # FrontendConfig the weights were trained with, where the source says
@@ -62,22 +65,23 @@ def load_pretrained(model, path_or_name, keep_head=False, own_reader=None):
 
     path_or_name: "audioset", "imagenet", or a file (or hub folder). keep_head also takes the classifier,
     whose classes must then be as many as the model's. own_reader(path): reads a checkpoint of this program,
-    with its checks; without it the weights are taken as they are. Raises WeightsError for anything that is missing,
+    with its checks; without it the weights are taken as they are. The model's position grid gets as many columns as that
+    of another AST; an image model's is fitted to it. Raises WeightsError for anything that is missing,
     left over without a known reason, of the wrong shape, or not finite; the model is then untouched.
     """
-    source, tensors, digest, frontend = _read(model.config, str(path_or_name), own_reader)
-    report = LoadReport(source, digest, frontend=frontend)
+    source, tensors, digest, frontend, hub_config = _read(model.config, str(path_or_name), own_reader)
+    report = LoadReport(source, digest, columns=model.config.time_patches, frontend=frontend)
     tensors = _to_our_names(tensors, source, report)
     state = model.state_dict()
     new = {}
-    _check_geometry(model.config, tensors, source)
+    _check_geometry(model.config, tensors, source, hub_config)
     for key, own in state.items():
         if key.startswith("head.") and not keep_head:
             report.reinitialised[key] = "new classes"
         elif key not in tensors:
             raise WeightsError(f"--weights {source}: no tensor for {key}; it is not a whole AST")
         else:
-            new[key] = _fit(key, tensors[key].float(), own, model.config, report, source)
+            new[key] = _fit(key, tensors, own, model.config, report, source)
     for key in tensors.keys() - state.keys():
         raise WeightsError(f"--weights {source}: unexpected tensor {key}; it is not an AST that this program knows")
     for key in tensors.keys() & report.reinitialised.keys():
@@ -85,12 +89,14 @@ def load_pretrained(model, path_or_name, keep_head=False, own_reader=None):
     for key, value in new.items():
         if not torch.isfinite(value).all():
             raise WeightsError(f"--weights {source}: {key} has values that are not finite; the file is damaged")
+    model.set_grid(report.columns)
     model.load_state_dict(new, strict=False)
     return report
 
 
-def _check_geometry(config, tensors, source):
-    """One clear line for the commonest mistake, weights of another size, before any shape error."""
+def _check_geometry(config, tensors, source, hub_config):
+    """One clear line for the commonest mistake, weights of another size, before any shape error, and for what no shape
+    shows."""
     depth = 1 + max((int(m[1]) for key in tensors if (m := re.match(r"blocks\.(\d+)\.", key))), default=-1)
     dim = tensors["norm.weight"].numel() if "norm.weight" in tensors else 0
     if depth and dim and (dim, depth) != (config.dim, config.depth):
@@ -98,16 +104,27 @@ def _check_geometry(config, tensors, source):
         mend = f"use --size {size}" if size else "give the --dim, --depth and --heads that the weights were made with"
         raise WeightsError(f"--weights {source}: dim {dim} and depth {depth}, but the model has dim {config.dim} "
                            f"and depth {config.depth}; {mend}")
+    for theirs, ours in _HUB_CONFIG.items():
+        value, own = hub_config.get(theirs, getattr(config, ours)), getattr(config, ours)
+        if value not in (own, [own, own]):
+            mend = f"use --heads {value}" if theirs == "num_attention_heads" and type(value) is int else "use other weights"
+            raise WeightsError(f"--weights {source}: its {theirs} is {value!r:.40}, the model's is {own}; {mend}")
 
 
-def _fit(key, value, own, config, report, source):
-    if key == "pos_embed" and value.shape != own.shape and value.shape[2] == own.shape[2]:
-        grid = _grid_of(value.shape[1] - 2, config)
-        if grid:
-            fitted = fit_grid(value[:, 2:].transpose(1, 2).unflatten(2, grid), *config.grid)
-            report.fitted[key] = f"grid {grid[0]}x{grid[1]} to {config.grid[0]}x{config.grid[1]}"
-            return torch.cat([value[:, :2], fitted.flatten(2).transpose(1, 2)], dim=1)
-    if key == "patch_embed.weight" and value.dim() == 4 and value.shape[1] == 3:
+def _fit(key, tensors, own, config, report, source):
+    value, kernel = tensors[key].float(), tensors.get("patch_embed.weight")
+    image = kernel is not None and kernel.dim() == 4 and kernel.shape[1] == 3
+    if key == "pos_embed" and value.dim() == 3 and value.shape != own.shape and value.shape[2] == own.shape[2]:
+        patches, (rows, columns) = value.shape[1] - 2, config.grid
+        side = round(max(0, patches) ** 0.5)
+        if image and side * side == patches > 0:
+            report.fitted[key] = f"grid {side}x{side} to {rows}x{columns}"
+            return fit_positions(value, (side, side), config.grid)
+        if patches > 0 and patches % rows == 0:
+            report.columns = patches // rows
+            report.fitted[key] = f"grid {rows}x{report.columns} instead of {rows}x{columns}, fitted to the input's length"
+            return value
+    if key == "patch_embed.weight" and image:
         report.fitted[key] = "RGB kernel summed to one channel"
         return value.sum(dim=1, keepdim=True)
     if value.shape != own.shape:
@@ -117,25 +134,18 @@ def _fit(key, value, own, config, report, source):
     return value
 
 
-def _grid_of(patches, config):
-    """(rows, columns) of a grid of so many patches: an AST of the same mels, or a square image model."""
-    rows, side = config.grid[0], round(patches ** 0.5)
-    if side * side == patches and side in (14, 24):
-        return side, side
-    if patches % rows == 0:
-        return rows, patches // rows
-    return None
-
-
 # --- where the tensors come from ---
 
 def _read(config, name, own_reader):
-    """-> (name to print, tensors by their names in the source, sha256, front end or None)"""
+    """-> (name to print, tensors by their names in the source, sha256, front end or None, what a hub folder's config says)"""
     if name == "imagenet":
-        return _imagenet(config)
-    path = _audioset_file() if name == "audioset" else Path(name)
+        return *_imagenet(config), {}
+    path, hub_config = _audioset_file() if name == "audioset" else Path(name), {}
     if path.is_dir():
-        path = path / "model.safetensors"
+        path, hub_config = path / "model.safetensors", _hub_config(path / "config.json", name)
+        if not path.is_file():
+            raise WeightsError(f"--weights {name}: a folder without model.safetensors; give one that export.py --to hf wrote, "
+                               "or the path of a .pth, .safetensors or .pt file")
     if not path.is_file():
         raise WeightsError(f"--weights {name}: no such file; give {', '.join(NAMES)}, none, or the path of a "
                            ".pth, .safetensors or .pt file")
@@ -144,7 +154,19 @@ def _read(config, name, own_reader):
         digest = AUDIOSET["sha256"]
     else:
         digest = _sha256(path)
-    return name, tensors, digest, frontend
+    return name, tensors, digest, frontend, hub_config
+
+
+def _hub_config(path, name):
+    """What the config.json of a hub folder says; {} where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"--weights {name}: its config.json cannot be read ({type(error).__name__}); mend it or use other "
+                           "weights") from None
+    return found if isinstance(found, dict) else {}
 
 
 def _load_file(path, name, own_reader):
@@ -214,6 +236,7 @@ def _sha256(path):
 
 # --- names of the tensors ---
 
+_HUB = "audio_spectrogram_transformer."  # before all names but the classifier's
 _HUB_LAYER = {
     "layernorm_before": "norm1", "layernorm_after": "norm2", "attention.output.dense": "attn.proj",
     "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2",
@@ -227,12 +250,16 @@ _HUB_OTHER = {
     "classifier.layernorm.weight": "head.0.weight", "classifier.layernorm.bias": "head.0.bias",
     "classifier.dense.weight": "head.1.weight", "classifier.dense.bias": "head.1.bias",
 }
+_HUB_CONFIG = {  # what no shape of a tensor shows
+    "num_attention_heads": "heads", "num_mel_bins": "n_mels", "patch_size": "patch", "frequency_stride": "stride",
+    "time_stride": "stride",
+}
 
 
 def _to_our_names(tensors, source, report):
     """Rename the tensors of any known format to this model's parameter names."""
     tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in tensors.items()}
-    if any(key.startswith("audio_spectrogram_transformer.") for key in tensors):
+    if any(key.startswith(_HUB) for key in tensors):
         return _from_hub(tensors, source)
     out = {}
     for key, value in tensors.items():
@@ -247,7 +274,7 @@ def _to_our_names(tensors, source, report):
 def _from_hub(tensors, source):
     out, qkv = {}, {}
     for key, value in tensors.items():
-        short = key.removeprefix("audio_spectrogram_transformer.")
+        short = key.removeprefix(_HUB)
         layer = re.match(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)$", short)
         if layer and (part := re.match(r"attention\.attention\.(query|key|value)$", layer[2])):
             qkv.setdefault(f"blocks.{layer[1]}.attn.qkv.{layer[3]}", {})[part[1]] = value
@@ -262,3 +289,30 @@ def _from_hub(tensors, source):
             raise WeightsError(f"--weights {source}: {key} needs query, key and value, found {sorted(parts)}")
         out[key] = torch.cat([parts["query"], parts["key"], parts["value"]])
     return out
+
+
+def to_hub(weights, config, frames):
+    """The weights of an AST (by their names here) as transformers' ASTForAudioClassification has them -> (the geometry for
+    its config.json, tensors by its names). Its position grid is of the one length `frames`, ours is fitted to that.
+
+    It has one eps for all norms, here the blocks' 1e-6; in the head's, the authors' 1e-5, the difference is of the order of
+    1e-5 of a logit.
+    """
+    layer, other = ({ours: theirs for theirs, ours in names.items()} for names in (_HUB_LAYER, _HUB_OTHER))
+    tensors = {}
+    for key, value in weights.items():
+        block = re.match(r"blocks\.(\d+)\.(.+)\.(weight|bias)$", key)
+        if key == "pos_embed":
+            value = fit_positions(value, config.grid, config.patches(frames))
+        if block and block[2] == "attn.qkv":
+            for part, split in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                tensors[f"{_HUB}encoder.layer.{block[1]}.attention.attention.{part}.{block[3]}"] = split
+        elif block:
+            tensors[f"{_HUB}encoder.layer.{block[1]}.{layer[block[2]]}.{block[3]}"] = value
+        else:
+            tensors[("" if key.startswith("head.") else _HUB) + other[key]] = value
+    geometry = {"hidden_size": config.dim, "num_hidden_layers": config.depth,
+                "intermediate_size": int(config.dim * config.mlp_ratio), "hidden_act": "gelu", "qkv_bias": True,
+                "layer_norm_eps": 1e-6, "max_length": frames,
+                **{theirs: getattr(config, ours) for theirs, ours in _HUB_CONFIG.items()}}
+    return geometry, {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
