@@ -187,7 +187,7 @@ def write_hf(folder, state, info, model, frontend):
         manifest = Manifest.from_dict(state["manifest"])
         clips = manifest.take(manifest.rows("train")).counts().tolist()
         source = state["weights"].split(",")[0].split(" ")[0]
-    metrics, why = test_metrics(state.path)
+    metrics, why = metrics_beside(state.path)
     print(f"model card: {why}")
     card = model_card(classes, clips, metrics, source, usage(info, frontend.config))
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -216,15 +216,18 @@ def write_ascii(path, value):
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="ascii")
 
 
-def test_metrics(path):
+def metrics_beside(path):
     """The figures of the test beside a best.pt, or None, and a word on them."""
     file = path.parent / "test" / "metrics.json"
     if path.name != "best.pt":
         return None, f"without test figures: those in {file.parent} are of best.pt"
     try:
         metrics = json.loads(file.read_text(encoding="utf-8"))
-        figures = {key: (float(metrics[key]), *map(float, metrics[f"{key}_ci95"])) for key in ("accuracy", "macro_f1", "map")}
-        return {"n": int(metrics["n"]), **figures}, f"with the figures in {file}"
+        figures = {"n": int(metrics["n"])}
+        for key in ("accuracy", "macro_f1", "map"):
+            low, high = metrics[f"{key}_ci95"]
+            figures[key] = float(metrics[key]), float(low), float(high)
+        return figures, f"with the figures in {file}"
     except (OSError, ValueError, KeyError, TypeError):
         return None, f"without test figures: there are none in {file}; make them with evaluate.py"
 

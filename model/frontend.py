@@ -134,7 +134,9 @@ def _in_pieces(features, wave, config):
     at a time: a whole batch's spectra do not fit its cache."""
     with torch.autocast(wave.device.type, enabled=False):
         wave = wave.float()
-        if torch.compiler.is_exporting() or wave.device.type != "cpu" and len(wave):  # no FFT takes an empty batch
+        if torch.compiler.is_exporting():  # for batches of any size, and a loop over pieces is for one
+            return features(wave)
+        if wave.device.type != "cpu" and len(wave):  # no FFT takes an empty batch
             return features(wave)
         out = wave.new_empty(len(wave), config.frames(wave.shape[1]), config.n_mels)
         for i in range(0, len(wave), 4):  # more fall out of the cache, fewer leave two cores waiting for each other
