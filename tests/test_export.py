@@ -67,6 +67,7 @@ class Run:
 
 def shake(state):
     generator = torch.Generator().manual_seed(3)
+    state["calibration"] = None
     for part in ("model", "ema"):
         for name, value in state[part].items():
             scale = 0.6 if name == "head.1.weight" else 0.05 if value.dim() > 1 else 0.2
