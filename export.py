@@ -58,12 +58,13 @@ INPUT_ERRORS = (CheckpointError, ExportError)
 class Scorer(nn.Module):
     """(B, samples) -> (B, classes): the probabilities that evaluate() gives a tile, at the calibrated temperature."""
 
-    def __init__(self, model, frontend, temperature):
+    def __init__(self, model, frontend, temperature, multi_label):
         super().__init__()
-        self.frontend, self.model, self.temperature = frontend, model, temperature
+        self.frontend, self.model, self.temperature, self.multi_label = frontend, model, temperature, multi_label
 
     def forward(self, waveform):
-        return (self.model(self.frontend(waveform)) / self.temperature).softmax(dim=1)
+        logits = self.model(self.frontend(waveform)) / self.temperature
+        return logits.sigmoid() if self.multi_label else logits.softmax(dim=1)
 
 
 def details(state):
@@ -77,7 +78,8 @@ def details(state):
                 raise ValueError(f"a temperature of {temperature} and {len(thresholds)} thresholds")
         return {"classes": [str(name) for name in state["classes"]], "sample_rate": state["frontend"]["sample_rate"],
                 "samples": state["clip"]["samples"], "short": state["clip"]["short"], "temperature": temperature,
-                "thresholds": thresholds, "frontend": state["frontend"], "epoch": state["progress"]["epoch"]}
+                "thresholds": thresholds, "multi_label": Manifest.from_dict(state["manifest"]).multi_label,
+                "frontend": state["frontend"], "epoch": state["progress"]["epoch"]}
 
 
 def made_waves(samples, rate):
@@ -168,7 +170,8 @@ def write_hf(folder, state, info, model, frontend):
     (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     write_ascii(folder / "config.json", {
         "architectures": ["ASTForAudioClassification"], "model_type": "audio-spectrogram-transformer", **geometry,
-        "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, "problem_type": "single_label_classification",
+        "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0,
+        "problem_type": f"{'multi' if info['multi_label'] else 'single'}_label_classification",
         "id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)},
         MARK: {key: value for key, value in info.items() if key != "classes"}})
     if is_audioset(frontend.config):
@@ -237,6 +240,7 @@ def usage(info, c):
     n, rate, frames = info["samples"], info["sample_rate"], c.frames(info["samples"])
     short = f"np.resize(wave, {n})" if info["short"] == "repeat" else f"np.pad(wave, (0, {n} - len(wave)))"
     logits = f"(model(x).logits / {info['temperature']})" if info["temperature"] else "model(x).logits"
+    scores = "sigmoid()" if info["multi_label"] else "softmax(dim=1)"
     if is_audioset(c):
         imports = "from transformers import AutoFeatureExtractor, AutoModelForAudioClassification"
         features = f'''extractor = AutoFeatureExtractor.from_pretrained(folder)
@@ -266,7 +270,7 @@ wave, _ = librosa.load("recording.wav", sr={rate}, mono=True)
 wave = {short} if len(wave) < {n} else wave[:{n}]
 {features}  # (1, {frames}, {c.n_mels})
 with torch.no_grad():
-    probabilities = {logits}.softmax(dim=1)[0]
+    probabilities = {logits}.{scores}[0]
 for i in probabilities.argsort(descending=True)[:5].tolist():
     print(f"{{probabilities[i]:.3f}} {{model.config.id2label[i]}}")
 '''
@@ -355,7 +359,7 @@ def main(argv=None):
         else:
             write = write_onnx if args.to == "onnx" else write_torch
             with torch.no_grad():
-                write(new, Scorer(model, frontend, info["temperature"] or 1.0).eval(), info,
+                write(new, Scorer(model, frontend, info["temperature"] or 1.0, info["multi_label"]).eval(), info,
                       made_waves(info["samples"], info["sample_rate"]))
     size = sum(file.stat().st_size for file in out.iterdir()) if out.is_dir() else out.stat().st_size
     print(f"written: {out} ({size / 1e6:.1f} MB)")

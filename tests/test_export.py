@@ -41,10 +41,10 @@ class Run:
     """A finished run whose weights and averages were then moved far from their start, so that each of them matters, and
     what evaluate.py says of its test clips."""
 
-    def __init__(self, folder, data, kind):
+    def __init__(self, folder, data, kind, *flags):
         self.folder, self.ckpt = folder, folder / "best.pt"
         train.main([*SMALL, f"--data={data}", f"--run-dir={folder}", f"--frontend={kind}", "--seconds=1", "--epochs=1",
-                    "--ema=0.9"])
+                    "--ema=0.9", *flags])
         self.change(shake)
         evaluate.main(["--ckpt", str(self.ckpt), "--device=cpu", "--amp=off"])
         state = load_checkpoint(self.ckpt)
@@ -343,6 +343,38 @@ def test_the_torch_program_of_the_other_front_end_with_a_temperature(runs, tmp_p
 def test_no_folder_of_this_machine_is_told(by_command):
     for name in ("model.onnx", "model.pt2", "hf/config.json", "hf/README.md"):
         assert str(ROOT).encode() not in (by_command[0] / name).read_bytes(), name
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """A run over clips that hold one or two of three tones."""
+    folder, lines = tmp_path_factory.mktemp("several"), ["path,label"]
+    for i in range(24):
+        held = [("low", 300), ("mid", 1200), ("high", 4000)][i % 3:][:1 + i % 2]
+        sf.write(folder / f"{i}.wav", sum(tone(1.0, hz=hz, seed=i) for _, hz in held) / 2, 16000)
+        lines.append(f"{i}.wav,{';'.join(name for name, _ in held)}")
+    (folder / "clips.csv").write_text("\n".join(lines) + "\n")
+    return Run(folder / "run", folder / "clips.csv", "fbank", "--loss=bce", "--monitor=val_map")
+
+
+@pytest.mark.parametrize("kind", list(export.OUT))
+def test_of_several_labels_each_has_a_probability_of_its_own(kind, several, tmp_path):
+    out = tmp_path / "out"
+    export.main(["--ckpt", str(calibrated(several)), "--to", kind, str(out)])
+    if kind == "hf":
+        theirs = AutoModelForAudioClassification.from_pretrained(out)
+        assert theirs.config.problem_type == "multi_label_classification"
+        sf.write(tmp_path / "recording.wav", several.waves[0], 16000, subtype="FLOAT")
+        code, names = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(), re.S)[1], {}
+        exec(code.replace('"."', repr(str(out))).replace('"recording.wav"', repr(str(tmp_path / "recording.wav"))), names)
+        found, scores = names["probabilities"], several.scores[0]
+    elif kind == "onnx":
+        found, scores = onnx_scores(out, several.waves), several.scores
+    else:
+        found, scores = torch.export.load(out).module()(torch.from_numpy(several.waves)), several.scores
+    odds = np.log(scores / (1 - scores.astype(np.float64)))
+    np.testing.assert_allclose(found, 1 / (1 + np.exp(-odds / 1.7)), atol=1e-4)
+    assert abs(np.asarray(found).sum(axis=-1) - 1).max() > 1e-2
 
 
 # --- what is refused ---
