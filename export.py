@@ -16,7 +16,6 @@ import contextlib
 import io
 import json
 import logging
-import math
 import os
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from torch import nn
 from core.checkpoint import CheckpointError, load_checkpoint, reading, sync
 from core.guard import NumbersError
 from data.manifest import Manifest
-from evaluate import fail, find_checkpoint, restore
+from evaluate import calibration_of, fail, find_checkpoint, multi_label_of, restore
 from model.ast import AST
 from model.frontend import Fbank, FrontendConfig
 from model.pretrained import load_pretrained, to_hub
@@ -69,16 +68,10 @@ class Scorer(nn.Module):
 
 def details(state):
     """What a user of the exported model has to know, in plain types."""
+    calibration, multi_label = calibration_of(state), multi_label_of(state)
     with reading(state.path):
-        temperature = thresholds = None
-        if state.get("calibration") is not None:
-            temperature = float(state["calibration"]["temperature"])
-            thresholds = [float(value) for value in state["calibration"]["thresholds"]]
-            if not 0 < temperature < math.inf or len(thresholds) != len(state["classes"]):
-                raise ValueError(f"a temperature of {temperature} and {len(thresholds)} thresholds")
         return {"classes": [str(name) for name in state["classes"]], "sample_rate": state["frontend"]["sample_rate"],
-                "samples": state["clip"]["samples"], "short": state["clip"]["short"], "temperature": temperature,
-                "thresholds": thresholds, "multi_label": Manifest.from_dict(state["manifest"]).multi_label,
+                "samples": state["clip"]["samples"], "short": state["clip"]["short"], **calibration, "multi_label": multi_label,
                 "frontend": state["frontend"], "epoch": state["progress"]["epoch"]}
 
 
@@ -184,8 +177,7 @@ def write_hf(folder, state, info, model, frontend):
         own = "logmel" if c.kind == "logmel" else f"fbank of {c.fmin:g} to {c.fmax:g} Hz"
         print(f"no preprocessor_config.json: transformers has no feature extractor for {own}; README.md has the lines of Python "
               "that make the model's input")
-    if info["temperature"]:
-        print(f"the temperature {info['temperature']:g} is in config.json; transformers does not apply it, README.md shows how")
+    print(f"the temperature {info['temperature']:g} is in config.json; transformers does not apply it, README.md shows how")
     with reading(state.path):
         manifest = Manifest.from_dict(state["manifest"])
         clips = manifest.take(manifest.rows("train")).counts().tolist()
@@ -239,7 +231,6 @@ def usage(info, c):
     """Python that goes from a recording to probabilities with what --to hf writes. c: a FrontendConfig."""
     n, rate, frames = info["samples"], info["sample_rate"], c.frames(info["samples"])
     short = f"np.resize(wave, {n})" if info["short"] == "repeat" else f"np.pad(wave, (0, {n} - len(wave)))"
-    logits = f"(model(x).logits / {info['temperature']})" if info["temperature"] else "model(x).logits"
     scores = "sigmoid()" if info["multi_label"] else "softmax(dim=1)"
     if is_audioset(c):
         imports = "from transformers import AutoFeatureExtractor, AutoModelForAudioClassification"
@@ -270,7 +261,7 @@ wave, _ = librosa.load("recording.wav", sr={rate}, mono=True)
 wave = {short} if len(wave) < {n} else wave[:{n}]
 {features}  # (1, {frames}, {c.n_mels})
 with torch.no_grad():
-    probabilities = {logits}.{scores}[0]
+    probabilities = (model(x).logits / {info["temperature"]}).{scores}[0]
 for i in probabilities.argsort(descending=True)[:5].tolist():
     print(f"{{probabilities[i]:.3f}} {{model.config.id2label[i]}}")
 '''
@@ -352,14 +343,14 @@ def main(argv=None):
     model.eval().requires_grad_(False)
     info = details(state)
     print(f"input: {info['samples']} samples at {info['sample_rate']} Hz, mono; {len(info['classes'])} classes; "
-          + (f"temperature {info['temperature']:g}" if info["temperature"] else "not calibrated"))
+          f"temperature {info['temperature']:g}")
     with writing(out), staged(out) as new:
         if args.to == "hf":
             write_hf(new, state, info, model, frontend)
         else:
             write = write_onnx if args.to == "onnx" else write_torch
             with torch.no_grad():
-                write(new, Scorer(model, frontend, info["temperature"] or 1.0, info["multi_label"]).eval(), info,
+                write(new, Scorer(model, frontend, info["temperature"], info["multi_label"]).eval(), info,
                       made_waves(info["samples"], info["sample_rate"]))
     size = sum(file.stat().st_size for file in out.iterdir()) if out.is_dir() else out.stat().st_size
     print(f"written: {out} ({size / 1e6:.1f} MB)")

@@ -182,7 +182,7 @@ def test_names_of_tensors_are_those_that_transformers_writes(folders, tmp_path):
 def test_config_says_what_the_model_was_trained_for(runs, folders, tmp_path):
     said = json.loads((folders["fbank"] / "config.json").read_text())
     assert (said["max_length"], said["num_mel_bins"], said["hidden_size"], said["warble"]["samples"]) == (98, 128, 32, 16000)
-    assert said["warble"]["temperature"] is None and said["warble"]["frontend"] == runs["fbank"].frontend.config.to_dict()
+    assert said["warble"]["temperature"] == 1.0 and said["warble"]["frontend"] == runs["fbank"].frontend.config.to_dict()
     export.main(["--ckpt", str(calibrated(runs["fbank"])), "--to", "hf", str(tmp_path / "hf")])
     theirs = AutoModelForAudioClassification.from_pretrained(tmp_path / "hf")
     assert theirs.config.warble["temperature"] == 1.7 and theirs.config.warble["thresholds"] == [0.1, 0.2, 0.3]
