@@ -26,6 +26,7 @@ from core.run import RunError, newest_run, write_json
 from data.cache import WaveCache
 from data.clips import Clips, evaluation_batches
 from data.manifest import SPLITS, DataError, Manifest, load_manifest
+from data.named import credit, find_data
 from data.prepare import cache_folder
 from data.scan import scan
 from losses import SIGMOID, build_loss, hits as hits_of
@@ -315,7 +316,7 @@ def parse(argv=None):
     add = parser.add_argument
     add("--ckpt", required=True, help="a checkpoint; a bare name is looked up in the newest run under runs/")
     add("--split", default="test", choices=SPLITS, help="which part of the run's own split (default: test)")
-    add("--data", help="other data with the same classes, or the same data in another place")
+    add("--data", help="other data with the same classes, or the same data in another place; as train.py takes it")
     add("--audio-dir", help="folder that the paths of a CSV given with --data are relative to")
     add("--out", help="where to write the results (default: <run folder>/<split>)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
@@ -345,11 +346,13 @@ def main(argv=None):
     precision = choose_precision(device, args.amp)
     print(f"device: {device}, {precision.name} ({precision.reason})")
     model, frontend = restore(state, device)
-    manifest, rows, split, notes = evaluation_data(state, args.data, args.audio_dir, args.split)
-    print("\n".join(notes))
     with reading(path):
-        cached = state["flags"].get("cache", "off") != "off"
-        cache = WaveCache(cache_folder(state["flags"]["cache_dir"]) / "audio", frontend.config.sample_rate) if cached else None
+        kept, cached = cache_folder(state["flags"]["cache_dir"]), state["flags"].get("cache", "off") != "off"
+    data = args.data and find_data(args.data, kept)
+    manifest, rows, split, notes = evaluation_data(state, data, args.audio_dir, args.split)
+    print("\n".join(notes + [f"  {line}" for line in credit(manifest.root)]))
+    with reading(path):
+        cache = WaveCache(kept / "audio", frontend.config.sample_rate) if cached else None
         clips = Clips(manifest, frontend.config.sample_rate, state["clip"]["samples"], state["clip"]["short"], cache=cache)
         loss_fn = build_loss(**state["loss"]).to(device)
         loss_fn(torch.zeros(1, len(state["classes"]), device=device), torch.zeros(1, dtype=torch.long, device=device))

@@ -40,6 +40,7 @@ from data.cache import CACHES, WaveCache, choose_cache
 from data.clips import Batch, Clips, TrainLoader, evaluation_batches
 from data.draws import DROP_PATH, PATCHOUT, uniform
 from data.manifest import DataError, Manifest, load_manifest
+from data.named import SOURCES, credit, find_data
 from data.prepare import cache_folder, noise_recordings, prepare
 from data.sampling import SAMPLERS, quotas, write_heard
 from data.scan import write_bad_files
@@ -77,7 +78,8 @@ def parse(argv=None, source=""):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: sys.exit(fail(f"{source}{message} (see --help)"))
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="demo", help="class folders, a CSV with path,label, an ESC-50 or UrbanSound8K folder, or demo")
+    add("--data", default="demo", help="class folders, a CSV with path,label or of Xeno-Canto, a folder laid out like ESC-50, "
+        "UrbanSound8K, Speech Commands or BirdCLEF, demo, or a data set by name, which is fetched once: " + ", ".join(SOURCES))
     add("--audio-dir", help="folder that the paths of a CSV are relative to (default: the CSV's own)")
     add("--fold", type=int, help="test on this fold, validate on the next, train on the rest")
     add("--folds", choices=("all",), help="a run for each fold of the data, then their mean; go on with the same command and "
@@ -96,7 +98,7 @@ def parse(argv=None, source=""):
         "without)")
     add("--cache", default="auto", choices=CACHES, help="decoded audio, rounded to 16 bits of its scale: in files, in "
         "memory, on the GPU, or not kept; auto: on the GPU, else on the disk, where a quarter or half of it is enough")
-    add("--cache-dir", help="folder of the cache and of the scan index (default: ~/.cache/warble)")
+    add("--cache-dir", help="folder of the cache, of the scan index and of fetched data sets (default: ~/.cache/warble)")
     add = parser.add_argument_group("model").add_argument
     add("--weights", default="audioset", help="audioset, imagenet, none, a .pth, .safetensors or .pt file, or a folder "
         "that export.py --to hf wrote")
@@ -379,7 +381,7 @@ def stored_flags(args, given, state, run_dir):
 
 def cross_validate(args, given):
     """A run for each fold, each in a folder of its own below --run-dir; finished ones are not made again."""
-    manifest = load_manifest(args.data, args.audio_dir)
+    manifest = load_manifest(find_data(args.data, cache_folder(args.cache_dir)), args.audio_dir)
     if manifest.fold is None:
         raise DataError(f"--data {args.data}: has no folds; give a CSV with a column fold, or leave --folds out")
     folder = Path(args.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{Path(args.data).stem}-folds")
@@ -427,6 +429,7 @@ def main(argv=None):
             if manifest.multi_label and args.loss not in SIGMOID:
                 raise ValueError("its manifest has several labels a clip, which its loss cannot learn")
     rows = {split: manifest.rows(split) for split in ("train", "val", "test")}
+    print("".join(f"  {line}\n" for line in credit(manifest.root)), end="")
     print(f"  {len(manifest.classes)} classes; " + ", ".join(f"{len(rows[split])} {split}" for split in rows))
 
     # model

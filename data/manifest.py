@@ -1,7 +1,7 @@
 """A folder or a CSV of labelled recordings -> one row per clip, in columns.
 
-Read here: class folders, `train/ val/ test/` with class folders inside, a CSV of one clip per row, and
-the layouts of ESC-50 and UrbanSound8K. Nothing here opens an audio file; `scan.py` does.
+Read here: class folders, `train/ val/ test/` with class folders inside, a CSV of one clip per row, and the layouts
+of ESC-50, UrbanSound8K, Speech Commands and BirdCLEF. Nothing here opens an audio file; `scan.py` does.
 """
 import csv
 import io
@@ -17,17 +17,18 @@ import numpy as np
 
 from .audio import AUDIO_SUFFIXES
 from .scan import audio_below, codes, printable, suffix, unite
+from .xenocanto import column_name, join
 
 SPLITS = ("train", "val", "test")
 SPLIT_WORDS = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "dev": 1,
                "test": 2, "testing": 2, "eval": 2, "evaluation": 2}
 
-# Names that columns go by, the likeliest first; compared in lower case with _ for blanks and hyphens.
+# Names that columns go by, the likeliest first; compared in lower case with _ for blanks, hyphens and dots.
 COLUMNS = {
     "path": "path filepath file_path filename file_name file slice_file_name audio audio_path audio_file fname wav",
-    "label": "label labels category class_name primary_label class species common_name scientific_name ebird_code target "
+    "label": "label labels category primary_label class_name class species common_name scientific_name ebird_code target "
              "classid class_id label_id positive_labels",
-    "secondary label": "secondary_labels secondary_label unknown ignore",
+    "secondary label": "secondary_labels secondary_label also unknown ignore",
     "split": "split subset set partition",
     "fold": "fold folds",
     "group": "group group_id recording_id recording src_file source_file fsid original original_file recordist author "
@@ -35,7 +36,7 @@ COLUMNS = {
     "start": "start start_time start_s onset",
     "end": "end end_time end_s stop",
 }
-LISTS = {"labels", "positive_labels", "secondary_labels"}  # columns whose cells may be lists with commas: a,b or ['a', 'b']
+LISTS = {"labels", "positive_labels", "secondary_labels", "also"}  # columns whose cells may be lists with commas: a,b or ['a', 'b']
 
 # What a file name says of the recording that it was cut from: the first bracket, beside the two of a time
 # range, which must rise. A weak one is not used where it would leave most classes in one group each.
@@ -43,10 +44,15 @@ WEAK_PATTERNS = ("segment number", "time range")
 NAME_PATTERNS = {
     "ESC source number": r"^\d-(\d+)-[A-Z](?:-\d+)?$",
     "UrbanSound8K source number": r"^(\d+)-\d+-\d+-\d+$",
+    "speaker": r"^([0-9a-f]+)_nohash_\d+$",  # Speech Commands
     "XC number": r"(?:^|[^A-Za-z0-9])XC[ _-]?(\d+)",
     "segment number": r"^(.+?)[ ._-]+(?:segment|seg|part|pt|chunk|clip|slice|split|window|win)[ ._-]*\d+$",
     "time range": r"^(.+?)[_-](\d+(?:\.\d+)?)(?:m?s)?[_-](\d+(?:\.\d+)?)(?:m?s)?$",
 }
+
+TABLES = ("meta/esc50.csv", "metadata/UrbanSound8K.csv", "train_metadata.csv")  # in a folder: ESC-50, UrbanSound8K, BirdCLEF
+SPLIT_LISTS = {"validation_list.txt": 1, "testing_list.txt": 2}  # of Speech Commands: paths; the others are for training
+NOISE = "_background_noise_"  # its folder of long recordings to be mixed in, no class
 
 
 class DataError(ValueError):
@@ -202,18 +208,19 @@ def load_manifest(data, audio_dir=None, known=()):
     """Read labelled recordings from a folder or a CSV.
 
     data: a folder with one folder per class, the same under train/ val/ test/, a folder laid out like
-    ESC-50 or UrbanSound8K, or a CSV. audio_dir: the folder that a CSV's paths are relative to, and must
-    stay inside; by default the CSV's own, or an audio/ folder beside it. A cell of a CSV's label column may name several
-    classes, as a;b or a|b, and a column secondary_labels (or unknown, ignore) those of which it is not known whether the clip
-    holds them. known: classes that may stand there alone; else a class needs a clip of its own.
+    data: a folder with one folder per class, the same under train/ val/ test/, a folder laid out like ESC-50,
+    UrbanSound8K, Speech Commands or BirdCLEF, or a CSV, also of Xeno-Canto. audio_dir: the folder that a CSV's paths are
+    relative to, and must stay inside; by default the CSV's own, or an audio/ folder beside it. A cell of a CSV's label column
+    may name several classes, as a;b or a|b, and a column secondary_labels (or also, unknown, ignore) those of which it is not
+    known whether the clip holds them. known: classes that may stand there alone; else a class needs a clip of its own.
 
     Raises DataError for anything that leaves a clip without a file or a class.
     """
     data = Path(os.path.abspath(data))
     if os.path.isdir(data):
-        for table in (data / "meta/esc50.csv", data / "metadata/UrbanSound8K.csv"):
-            if os.path.isfile(table):
-                return _from_table(table, audio_dir, known)
+        for table in TABLES:
+            if os.path.isfile(data / table):
+                return _from_table(data / table, audio_dir, known)
         if audio_dir is not None:
             raise DataError(f"--audio-dir goes with a CSV, but --data {data} is a folder: leave --audio-dir out")
         return _from_folder(data)
@@ -226,7 +233,7 @@ def load_manifest(data, audio_dir=None, known=()):
 # ---- folders
 
 def _from_folder(folder):
-    ignored, notes, split = Counter(), [], None
+    ignored, notes, split, depth = Counter(), [], None, 0  # depth: at which the class folders are
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
         tops = {name: None for name in names if os.path.isdir(folder / name)}  # in order
@@ -235,13 +242,22 @@ def _from_folder(folder):
         raise DataError(f"--data {error.filename}: {error.strerror}; make it readable or take it away") from None
     loose = [name for name in names if name not in tops and suffix(name) in AUDIO_SUFFIXES]
     ignored.update(suffix(name) for name in names if name not in tops and suffix(name) not in AUDIO_SUFFIXES)
+    if NOISE in tops:
+        del tops[NOISE]
+        noise, found = len(found), [path for path in found if not path.startswith(NOISE + "/")]
+        notes.append(f"{NOISE} is no class, left out: {noise - len(found)} recordings; to mix them in: --noise-p 0.5 "
+                     f"--noise-dir {folder / NOISE}")
     used = {path.split("/", 1)[0] for path in found}
     split_of = {top: SPLIT_WORDS[top.lower()] for top in sorted(used) if top.lower() in SPLIT_WORDS}
     if len(split_of) == len(used) and 0 in split_of.values():
         notes.append(f"splits are given by the folders {', '.join(split_of)}")
         loose += sorted(path for path in found if path.count("/") == 1)
         found = [path for path in found if path.count("/") > 1]
-        split = [split_of[path.split("/", 1)[0]] for path in found]
+        split, depth = [split_of[path.split("/", 1)[0]] for path in found], 1
+    elif all(name in names for name in SPLIT_LISTS):
+        notes.append(f"splits are given by {' and '.join(SPLIT_LISTS)}")
+        listed = {line: i for name, i in SPLIT_LISTS.items() for line in _lines(folder / name)}
+        split = [listed.get(path, 0) for path in found]
     elif split_of:
         notes.append(f"folders {', '.join(split_of)} are taken as classes, like the folders beside them")
     kinds = ", ".join(f"{n} {kind or 'without suffix'}" for kind, n in sorted(ignored.items()))
@@ -258,8 +274,15 @@ def _from_folder(folder):
     if ignored:
         notes.append(f"left out: {sum(ignored.values())} files that are not audio ({kinds})")
     notes += [f"{name} is not read; give it as --data to use it" for name in names if suffix(name) == ".csv"]
-    labels = [intern(path.split("/", 2)[split is not None]) for path in found]  # one string a class, not a clip
+    labels = [intern(path.split("/", 2)[depth]) for path in found]  # one string a class, not a clip
     return _build(folder.name, folder, found, labels, notes, split)
+
+
+def _lines(path):
+    try:
+        return path.read_bytes().decode("utf-8", "surrogateescape").split()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; make it readable") from None
 
 
 # ---- tables
@@ -290,7 +313,9 @@ def _names(field, is_list):
 
 def _from_table(table, audio_dir, known):
     header, numbers, rows = _read_table(table)
+    header, numbers, rows, joined = _with_recordings(table, audio_dir, header, numbers, rows)
     columns, notes = _choose_columns(table, header, rows)
+    notes = joined + notes
     fields = {role: [row[i] if role == "path" else row[i].strip() for row in rows] for role, i in columns.items()}
     for role, (parse, wanted) in PARSERS.items():
         for i, field in enumerate(fields.get(role, ())):
@@ -357,9 +382,24 @@ def _read_table(table):
     return header, [number for number, _ in lines[1:]], [row for _, row in lines[1:]]
 
 
+def _with_recordings(table, audio_dir, header, numbers, rows):
+    """The table with the paths of its recordings, and notes, if it is Xeno-Canto's; else as it is."""
+    root = os.path.abspath(audio_dir or table.parent)
+    try:
+        joined = join(header, numbers, rows, root)
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}; give --audio-dir, a folder that can be read") from None
+    if joined is None:
+        return header, numbers, rows, []
+    if not joined[2]:
+        raise DataError(f"{table}: none of its {len(rows)} recordings is in {root}; give --audio-dir, a folder with files "
+                        "such as XC76967.mp3, 76967.mp3 or Genus-species-76967.mp3")
+    return joined
+
+
 def _choose_columns(table, header, rows):
     """Column index of each role that is there, and a note that says which."""
-    names = [re.sub(r"[ -]", "_", name.lower()) for name in header]
+    names = [column_name(name) for name in header]
     columns, notes = {}, []
     for role, known in COLUMNS.items():
         present = [names.index(name) for name in known.split() if name in names]
@@ -393,7 +433,8 @@ def _place(table, audio_dir, numbers, fields):
             raise DataError(f"--audio-dir {audio_dir}: no such folder; give the one that holds the CSV's files")
         bases = [(root, root), (root, here)]
     else:
-        beside = (os.path.normpath(table.parent / folder) for folder in (".", "audio", "train_audio", "../audio"))
+        beside = (os.path.normpath(table.parent / folder) for folder in (
+            ".", "audio", "train_audio", "train_short_audio", "../audio"))  # BirdCLEF's from 2022 on, and of 2021
         bases = [(root, root) for root in beside]
     below = [[""] * len(texts), fields["label"], [f"fold{fold}" for fold in fields.get("fold", ())]]
     layouts = [(root, base, folders) for root, base in bases for folders in below if folders]

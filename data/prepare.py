@@ -7,6 +7,7 @@ import numpy as np
 
 from .demo import write_demo
 from .manifest import DataError, Manifest, load_manifest
+from .named import find_data
 from .scan import audio_below, scan, summary
 from .splits import assign_splits, audit, drop_rare
 
@@ -23,15 +24,16 @@ def prepare(data, audio_dir=None, fold=None, min_clips=1, max_bad_share=0.05, ho
             say=print, several=False):
     """Find, scan, clean and split the recordings.
 
-    data: "demo", class folders, a CSV or a known layout; how: "full" decodes every file once, "headers" does
-    not, "auto" does up to 5,000 files; cache_dir: see `cache_folder`, the scan is remembered there; `say` gets each line
-    for the person; several: whether the loss can learn clips with several labels.
+    data: "demo", class folders, a CSV, a known layout or the name of a data set; how: "full" decodes every file once,
+    "headers" does not, "auto" does up to 5,000 files; cache_dir: see `cache_folder`, the scan is remembered and data sets are
+    kept there; `say` gets each line for the person; several: whether the loss can learn clips with several labels.
     Returns (manifest of the readable clips, [(path, reason)] of the others). Raises DataError.
     """
     if data == "demo":
         say("data: the built-in demo, synthesised sounds. For your own recordings:\n"
             "  python train.py --data FOLDER_OR_CSV --warmup-epochs 0 --batch-size 4")
         data = write_demo(DEMO)
+    data = find_data(data, cache_folder(cache_dir), say)
     manifest = load_manifest(data, audio_dir)
     manifest = manifest if several else manifest.one_label()
     full = how == "full" or how == "auto" and len(manifest) <= DECODE_ALL_UP_TO

@@ -181,6 +181,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("names, source, together", [
     (["1-100-A", "1-100-B", "2-100-A", "3-7-C-4"], "ESC source number", {3, 1}),
     (["100-3-0-0", "100-3-0-1", "7-1-0-0", "8-1-0-0"], "UrbanSound8K source number", {2, 1}),
+    (["00ab12cd_nohash_0", "00ab12cd_nohash_3", "f00ab12c_nohash_0", "12_nohash_0"], "speaker", {2, 1}),
     (["XC123 - Wren", "song_xc-123_left", "XC1234", "XC99"], "XC number", {2, 1}),
     (["rec1_seg1", "rec1_seg22", "rec2_seg1", "rec3_seg1"], "segment number", {2, 1}),
     (["a-part02", "a-part03", "b-part01", "c-part01"], "segment number", {2, 1}),
@@ -266,6 +267,9 @@ def test_label_columns_of_one_value_or_of_codes_come_last(tmp_path):
     manifest = load_manifest(table(tmp_path, "path,label,class,species\na.wav,3,Aves,wren\nb.wav,4,Aves,owl\n"))
     assert manifest.classes == ["owl", "wren"]
     assert load_manifest(table(tmp_path, "path,target\na.wav,3\nb.wav,4\n")).classes == ["3", "4"]
+    touch(tmp_path, "c.wav")  # BirdCLEF 2025
+    bird = "primary_label,class_name,filename\nwren,Aves,a.wav\nowl,Aves,c.wav\n22961,Amphibia,b.wav\n"
+    assert load_manifest(table(tmp_path, bird)).classes == ["22961", "owl", "wren"]
 
 
 def test_empty_columns_are_not_used(tmp_path):
@@ -464,6 +468,43 @@ def test_urbansound8k(tmp_path, direct):
     assert manifest.fold.tolist() == [1, 1, 10]
     assert not manifest.start.any() and np.isnan(manifest.end).all()  # times in the source recording
     assert manifest.root == tmp_path / "audio" and manifest.name == tmp_path.name
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("folder, file", [("train_audio", "{0}/XC{1}.ogg"), ("train_short_audio", "XC{1}.ogg")])
+def test_birdclef(tmp_path, folder, file, direct):
+    """Columns as in the competition of 2024 (2022 to 2025 are alike; in 2021 the file names have no folder)."""
+    rows = [("asbfly", "[]", "Matt Slaymaker", 134896), ("asbfly", "['comior1']", "Matt Slaymaker", 164848),
+            ("zitcis1", "['asbfly', 'rocpar1']", "Lars Lachmann", 845747), ("zitcis1", "[]", "", 845817)]
+    touch(tmp_path, *(f"{folder}/{label}/XC{number}.ogg" for label, _, _, number in rows), "test_soundscapes/readme.txt")
+    csv = table(tmp_path, "primary_label,secondary_labels,type,latitude,longitude,scientific_name,common_name,author,license,"
+                "rating,url,filename\n" + "".join(
+                    f"{label},\"{others}\",['call'],39.2,118.1,S n,C N,{author},CC BY-NC-SA 4.0,5.0,"
+                    f"https://www.xeno-canto.org/{number},{file.format(label, number)}\n" for label, others, author, number in rows),
+                "train_metadata.csv")
+    manifest = load_manifest(csv if direct else tmp_path)
+    assert label_of(manifest) == {f"{label}/XC{number}.ogg": label for label, _, _, number in rows}
+    assert manifest.root == tmp_path / folder and manifest.group_source == "column author"
+    assert groups(manifest) == {frozenset({"asbfly/XC134896.ogg", "asbfly/XC164848.ogg"}),
+                                frozenset({"zitcis1/XC845747.ogg"}), frozenset({"zitcis1/XC845817.ogg"})}
+
+
+def test_speech_commands(tmp_path):
+    touch(tmp_path, "yes/00ab_nohash_0.wav", "yes/00ab_nohash_1.wav", "no/12cd_nohash_0.wav", "no/00ab_nohash_0.wav",
+          "yes/0e_nohash_0.wav", "_background_noise_/hum.wav", "_background_noise_/README.md", "LICENSE")
+    without = load_manifest(tmp_path)  # the noise is no class without the lists, either
+    assert without.classes == ["no", "yes"] and (without.split == -1).all()
+    (tmp_path / "validation_list.txt").write_text("no/12cd_nohash_0.wav\n")
+    (tmp_path / "testing_list.txt").write_text("yes/0e_nohash_0.wav\nyes/gone_nohash_0.wav\n")
+    manifest = load_manifest(tmp_path)
+    assert dict(zip(manifest.paths, manifest.split.tolist())) == {
+        "no/00ab_nohash_0.wav": 0, "no/12cd_nohash_0.wav": 1, "yes/00ab_nohash_0.wav": 0, "yes/00ab_nohash_1.wav": 0,
+        "yes/0e_nohash_0.wav": 2}
+    assert manifest.group_source == "file name (speaker)" and len(set(manifest.group)) == 3
+    assert f"_background_noise_ is no class, left out: 1 recordings; to mix them in: --noise-p 0.5 --noise-dir {tmp_path}/" in (
+        " ".join(manifest.notes))
+    shutil.rmtree(tmp_path / "no")
+    refused("only one class (yes)", "give two or more", tmp_path)
 
 
 # ---- the manifest
