@@ -145,7 +145,7 @@ def packed(files, kind):
     if kind == "zip":
         with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, data in files.items():
-                archive.writestr(name, data)
+                archive.writestr(*((name, data) if isinstance(data, bytes) else data))
         return out.getvalue()
     with tarfile.open(fileobj=out, mode="w:gz", compresslevel=1) as archive:
         for name, data in files.items():
@@ -404,10 +404,10 @@ def zip_link(name, target):
 HOSTILE = {
     "zip ..": ("esc50", {"../outside.txt": b"x"}, "../outside.txt"),
     "zip .. further down": ("esc50", {"ESC-50-master/audio/../../../outside.txt": b"x"}, "lies outside"),
-    "zip absolute": ("esc50", {"/tmp/outside.txt": b"x"}, "/tmp/outside.txt"),
-    "zip link": ("esc50", [zip_link("ESC-50-master/link", "../../..")], "a link out of it"),
+    "zip absolute": ("esc50", {"ROOM/outside.txt": b"x"}, "/outside.txt in it"),
+    "zip link": ("esc50", {"l": zip_link("ESC-50-master/link", "../../..")}, "a link out of it"),
     "tar ..": ("urbansound8k", {"UrbanSound8K/../../outside.txt": b"x"}, "lies outside"),
-    "tar absolute": ("speechcommands", {"/tmp/outside.txt": b"x"}, "/tmp/outside.txt"),
+    "tar absolute": ("speechcommands", {"ROOM/outside.txt": b"x"}, "/outside.txt in it"),
     "tar link": ("urbansound8k", {"l": member("UrbanSound8K/link", tarfile.SYMTYPE, "../../..")}, "a link out of it"),
     "tar absolute link": ("urbansound8k", {"l": member("link", tarfile.SYMTYPE, "/etc/passwd")}, "a link out of it"),
     "tar hard link": ("speechcommands", {"l": member("./a/link", tarfile.LNKTYPE, "../outside.txt")}, "a link out of it"),
@@ -419,7 +419,7 @@ HOSTILE = {
     "tar bomb": ("speechcommands", {"./zeros": bytes(9_000_000)}, "far more"),
     "file as folder": ("speechcommands", {"./yes": b"x", "./yes/a.wav": b"x"}, "damaged"),
     "long name": ("esc50", {"ESC-50-master/" + "x" * 300: b"x"}, "damaged"),
-    "of something else": ("esc50", None, "has no meta/esc50.csv in it, so it is not ESC-50"),
+    "of something else": ("esc50", {"alone": b"x"}, "has no meta/esc50.csv in it, so it is not ESC-50"),
 }
 
 
@@ -427,17 +427,10 @@ HOSTILE = {
 def test_hostile_archives_write_nothing_outside(case, server, put, tmp_path):
     name, extra, words = HOSTILE[case]
     cache = tmp_path / "a" / "b"
-    if isinstance(extra, list):
-        put(name, about=2_000_000)
-        out = io.BytesIO(server.data)
-        with zipfile.ZipFile(out, "a") as archive:
-            for info, target in extra:
-                archive.writestr(info, target)
-        server.data = out.getvalue()
-    else:
-        put(name, MAKERS[name]() | extra if extra else {"a.txt": b"x"}, about=2_000_000)
+    extra = {place.replace("ROOM", str(tmp_path)): data for place, data in extra.items()}
+    put(name, extra if "alone" in extra else MAKERS[name]() | extra, about=2_000_000)
     refused(name, cache, words, "it was removed")
-    assert left(cache) == [] and not os.path.exists("/tmp/outside.txt")
+    assert left(cache) == []
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "b", "datasets", f".{name}.lock"]
 
 
@@ -528,6 +521,18 @@ def test_killed_before_the_unpacked_folder_has_its_name(server, put, tmp_path):
     assert any(name.startswith(".esc50-") for name in left(tmp_path)) and "esc50" not in left(tmp_path)
     assert tree(fetch("esc50", tmp_path, say=lambda line: None)) == files
     assert left(tmp_path) == ["esc50"] and server.asked == [(None, 200)]  # the archive was whole
+
+
+def test_killed_between_the_notes_and_the_bytes_of_a_file_that_changed(server, put, tmp_path):
+    put("esc50")
+    server.breaks, server.statuses = [len(server.data) // 2], [200, 404]
+    refused("esc50", tmp_path, "that are kept")
+    new = esc50()
+    new["ESC-50-master/README.md"] = b"another one"
+    files, server.etag = put("esc50", new), '"two"'
+    kill = "import os\nwrite = named.write_atomic\nnamed.write_atomic = lambda *a: (write(*a), os.kill(os.getpid(), 9))"
+    assert process("esc50", tmp_path, kill).wait() == -signal.SIGKILL
+    assert tree(fetch("esc50", tmp_path, say=lambda line: None)) == files
 
 
 def test_two_processes_at_once_fetch_once(server, put, tmp_path):
