@@ -154,8 +154,7 @@ def fetch(name, cache, say=print):
                 raise DataError(f"--data {name}: {archive}: {error}; " + (
                     f"it was removed; start again, or {by_hand}" if own else f"replace it by the one at {url}, or remove it "
                     "to have that fetched")) from None
-            if own:
-                _discard(part)
+            _discard(part)  # also one that a person's archive came before
     say(f"data: {source.title} is in {home}")
     return home
 
@@ -327,7 +326,8 @@ def _unpack(source, path, home):
                         raise BadArchive(f"unpacks to more than {SWELL * source.about / 1e9:.1f} GB or {MOST} files, far more "
                                          "than the data set has")
                     if name.startswith("/") or "\0" in name or ".." in name.split("/") or kind == "other":
-                        raise BadArchive(f"has {name[:120]} in it, which lies outside of its folder, is a link out of it or a device")
+                        raise BadArchive(f"has {name[:120]} in it, which lies outside of its folder, is a link out of it or a "
+                                         "device")
                     if kind == "folder":
                         (top / name).mkdir(parents=True, exist_ok=True)
                     elif kind == "file":
@@ -373,9 +373,9 @@ def _tar_members(path):
     with tarfile.open(path) as archive:
         def members():
             for info in archive:
-                kind = "folder" if info.isdir() else "file" if info.isreg() else "link" if info.issym() or info.islnk() else "other"
-                if kind == "link" and _leaves(info.name if info.issym() else "", info.linkname):
-                    kind = "other"
+                kind = "folder" if info.isdir() else "file" if info.isreg() else "other"
+                if (info.issym() or info.islnk()) and not _leaves(info.name if info.issym() else "", info.linkname):
+                    kind = "link"
                 yield info.name, kind, info.size, lambda info=info: archive.extractfile(info)
             while archive.fileobj.read(1 << 20):  # tarfile takes a damaged header for the end, and gzip's checksum comes last
                 pass

@@ -337,8 +337,10 @@ def test_without_a_network_one_line_says_where_to_put_the_file(server, put, tmp_
     archive = Path(re.search(r"put it at (\S+)", message)[1])
     assert archive == tmp_path / "datasets" / FILES["urbansound8k"] and server.asked == []
     archive.write_bytes(server.data)
+    archive.with_name(archive.name + ".part").write_bytes(b"of an earlier try")
     home = fetch("urbansound8k", tmp_path, say=lambda line: None)
     assert len(load_manifest(home)) == 6 and archive.read_bytes() == server.data  # a person's file stays
+    assert left(tmp_path) == [archive.name, "urbansound8k"]
     monkeypatch.setenv("WARBLE_DATASETS_URL", "/some/folder")
     with pytest.raises(DataError, match="begins with http"):
         fetch("urbansound8k", tmp_path / "other")
@@ -474,10 +476,14 @@ def process(name, cache, before="", **options):
                             **options)
 
 
+def largest_file(size):
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
 def test_a_full_disk_keeps_what_there_is(server, put, tmp_path):
     files = put("esc50")
     room = len(server.data) // 2
-    out, said = process("esc50", tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))).communicate()
+    out, said = process("esc50", tmp_path, preexec_fn=largest_file(room)).communicate()
     assert said.startswith("refused --data esc50") and "File too large" in said and "free some space" in said, said + out
     assert (tmp_path / "datasets" / (FILES["esc50"] + ".part")).stat().st_size == room
     assert tree(fetch("esc50", tmp_path, say=lambda line: None)) == files
@@ -488,7 +494,7 @@ def test_a_disk_that_fills_up_in_unpacking_keeps_the_archive(server, put, tmp_pa
     big = {"ESC-50-master/audio/big.wav": np.zeros(1 << 20, np.uint8).tobytes()}  # packs to almost nothing
     files = put("esc50", esc50() | big)
     room = len(server.data) + 1000
-    out, said = process("esc50", tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))).communicate()
+    out, said = process("esc50", tmp_path, preexec_fn=largest_file(room)).communicate()
     assert said.startswith("refused --data esc50") and "free some space" in said, said + out
     assert left(tmp_path) == [FILES["esc50"] + ".part", FILES["esc50"] + ".part.json"]
     assert tree(fetch("esc50", tmp_path, say=lambda line: None)) == files and server.asked == [(None, 200)]
