@@ -207,7 +207,6 @@ class Manifest:
 def load_manifest(data, audio_dir=None, known=()):
     """Read labelled recordings from a folder or a CSV.
 
-    data: a folder with one folder per class, the same under train/ val/ test/, a folder laid out like
     data: a folder with one folder per class, the same under train/ val/ test/, a folder laid out like ESC-50,
     UrbanSound8K, Speech Commands or BirdCLEF, or a CSV, also of Xeno-Canto. audio_dir: the folder that a CSV's paths are
     relative to, and must stay inside; by default the CSV's own, or an audio/ folder beside it. A cell of a CSV's label column
