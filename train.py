@@ -226,6 +226,10 @@ def check_flags(parser, args, given):
             args.alpha = float(args.alpha)
         except ValueError:
             parser.error(f"--alpha {args.alpha}: none, a number, or balanced")
+    if args.alpha != "none" and args.loss not in ("focal", "focal-bce"):
+        parser.error(f"--alpha {args.alpha}: belongs to a focal loss; leave it out, or use --loss focal or focal-bce")
+    if args.label_smoothing and args.loss != "ce":
+        parser.error("--label-smoothing: belongs to cross-entropy; leave it out, or use --loss ce")
     if args.loss == "focal-bce" and args.alpha != "none" and (args.alpha == "balanced" or not 0 <= args.alpha <= 1):
         parser.error(f"--alpha {args.alpha}: with --loss focal-bce none, or a number in 0 to 1")
     try:

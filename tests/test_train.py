@@ -209,6 +209,8 @@ def test_wrong_data(kind, tmp_path, tones, capsys, monkeypatch):
     (["--device", "cuda:99"], "--device"),
     (["--lr-head", "nan"], "--lr-head"),
     (["--alpha", "some"], "--alpha"),
+    (["--alpha", "balanced", "--loss", "bce"], "--alpha balanced: belongs to a focal loss"),
+    (["--label-smoothing", "0.1"], "--label-smoothing: belongs to cross-entropy"),
     (["--fmax", "20000"], "--fmax"),
     (["--heads", "5"], "heads"),
     (["--schedule", "cosinus"], "--schedule"),

@@ -2,6 +2,7 @@
 import csv
 import io
 
+import numpy as np
 import pytest
 
 from data.manifest import DataError, load_manifest
@@ -53,6 +54,15 @@ def test_recordings_are_found_by_their_number(tmp_path, name):
     assert group[files[76967]] == group[files[1228]] and len(set(group.values())) == 3  # Ann; not the animals' group
     assert manifest.notes[0].startswith("Xeno-Canto metadata: gen sp is the label")
     assert f"left out: 1 of 5 recordings that are not in {tmp_path}, e.g. 999999" in manifest.notes
+
+
+def test_species_in_the_background_are_unknown_where_clips_may_have_several(tmp_path):
+    """`also` of the wren is the robin: neither a label of that clip nor a negative."""
+    touch(tmp_path, *(f"XC{number}.mp3" for number in LABELS))
+    manifest = load_manifest(api_table(tmp_path))
+    robin = manifest.classes.index("Erithacus rubecula")
+    unknown = {path: np.flatnonzero(np.isnan(row)).tolist() for path, row in zip(manifest.paths, manifest.targets(range(4)))}
+    assert unknown == {f"XC{number}.mp3": [robin] * (number == 76967) for number in LABELS}
 
 
 def test_in_another_folder_and_in_pieces(tmp_path):
