@@ -7,7 +7,9 @@ import argparse
 import csv
 import json
 import os
+import shlex
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +34,12 @@ from data.scan import scan
 from losses import SIGMOID, build_loss, hits as hits_of
 from model.ast import AST, ASTConfig
 from model.frontend import FrontendConfig, build_frontend
-from report import pictures
+from model.relevance import patch_relevance
+from report import page, pictures
 
 INPUT_ERRORS = (CheckpointError, DataError, DeviceError, RunError)
+# The report looks for wrong labels among so many training clips, for so many seconds, and for what mattered for so long.
+SUSPECT_CLIPS, SUSPECT_SECONDS, RELEVANCE_SECONDS = 2000, 120, 60
 
 
 @dataclass
@@ -114,9 +119,11 @@ def decisions(scores, calibration):
 
 
 def write_results(folder, result, manifest, classes, split, calibration):
-    """Write metrics.json, predictions.csv, scores.npz, per_class.csv and confusion.png into `folder` -> the metrics. Scores are
-    written as the model gives them; calibration: what `calibration_of` gives, for the calibration errors and for what is said
-    of clips that may have several labels, which have no confusion.png."""
+    """Write metrics.json, predictions.csv, scores.npz, per_class.csv and confusion.png into `folder` -> the metrics.
+
+    calibration: what `calibration_of` gives. The figures and scores.npz are of scores as the model gives them, but for what is
+    said of clips that may have several labels (which have no confusion.png): that, and predictions.csv, is of calibrated ones,
+    as predict.py writes them."""
     folder.mkdir(parents=True, exist_ok=True)
     several = result.labels.ndim == 2
     said = decisions(result.scores, calibration) if several else None
@@ -132,11 +139,11 @@ def write_results(folder, result, manifest, classes, split, calibration):
     write_json(folder / "metrics.json", metrics)
     np.savez(folder / "scores.npz", scores=result.scores.astype(np.float32), labels=result.labels, rows=result.rows,
              **({"said": said} if several else {}))
-    best = np.argsort(-result.scores, axis=1, kind="stable")[:, :5]
+    best = np.argsort(-tempered, axis=1, kind="stable")[:, :5]
     with open(folder / "predictions.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         out = csv.writer(file)
         out.writerow("path start end label prediction confidence top5".split())
-        for i, (row, order, scores) in enumerate(zip(result.rows, best, result.scores, strict=True)):
+        for i, (row, order, scores) in enumerate(zip(result.rows, best, tempered, strict=True)):
             end = manifest.end[row]
             prediction = "; ".join(classes[c] for c in np.flatnonzero(said[i])) if several else classes[order[0]]
             out.writerow([manifest.paths[row], f"{manifest.start[row]:g}", "" if np.isnan(end) else f"{end:g}",
@@ -176,6 +183,70 @@ def result_lines(metrics):
             f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in thirds.items())
             + "   (thirds by number of training clips)")
     return lines
+
+
+def write_report(out, checkpoint, calibration, epoch, folder, result, model, frontend, clips, loss_fn, precision, batch_size,
+                 options=()):
+    """Write the page `out` about the results in `folder`, with clips to listen to out of `result` and, where the manifest has
+    them, out of the training clips -> a line for the person. checkpoint, calibration, epoch: its path, what `calibration_of`
+    gives for it, and the epoch that its weights are of; options: words for evaluate.py to do it again."""
+    manifest, rows = clips.manifest, clips.manifest.rows("train")
+    split = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["split"]
+    parts, scored = [(result, ("suspect", "uncertain", "right") if split == "train" else page.OF_TEST)], 0
+    trained = result if split == "train" else score_some(np.random.default_rng(0).permutation(rows)[:SUSPECT_CLIPS], model, frontend,
+                                                         clips, loss_fn, precision, batch_size)
+    if trained is not None:
+        scored = len(trained.rows)
+        parts = parts if trained is result else [(trained, ("suspect",)), *parts]
+    examples = [example for part, kinds in parts for example in examples_of(kinds, part, calibration, model, frontend, clips, precision)]
+    tempered = temper(result.scores, calibration["temperature"], manifest.multi_label)
+    bins = [reliability(scores, result.labels)[0] for scores in (result.scores, tempered)]
+    try:
+        page.write_page(out, checkpoint.parent, folder, examples, bins, (scored, len(rows)), manifest.root, frontend.mel_hz.numpy(),
+                        (model.config.patch, model.config.stride), epoch,
+                        shlex.join(["python", "evaluate.py", "--ckpt", str(checkpoint), *options]))
+    except OSError as error:
+        return f"{out}: cannot be written ({error.strerror}); the results are in {folder}"
+    return f"written: {out}"
+
+
+def score_some(rows, model, frontend, clips, loss_fn, precision, batch_size):
+    """An Evaluation of these rows, or of as many as SUSPECT_SECONDS allow; None of none."""
+    began, parts = time.monotonic(), []
+    for i in range(0, len(rows), 100):
+        if time.monotonic() - began > SUSPECT_SECONDS:
+            break
+        some = rows[i:i + 100]
+        parts.append(evaluate(model, frontend, evaluation_batches(clips, some, batch_size), clips.manifest, some, loss_fn, precision,
+                              show="training clips"))
+    return Evaluation.merge(parts) if sum(len(part.rows) for part in parts) else None
+
+
+def examples_of(kinds, result, calibration, model, frontend, clips, precision, most_tiles=32):
+    """[page.Example] of these kinds out of an Evaluation: of each clip the tile that speaks most for the class it was chosen for,
+    of at most so many spread over it. A clip that cannot be read any more is left out."""
+    manifest, rate, found, began = clips.manifest, clips.rate, [], time.monotonic()
+    scores = temper(result.scores, calibration["temperature"], manifest.multi_label)
+    said = page.answers(scores, result.labels, calibration["thresholds"])
+    for kind, i, focus in page.choose(scores, result.labels, kinds, calibration["thresholds"]):
+        row = int(result.rows[i])
+        starts = clips.tiles(row)
+        starts = [starts[j] for j in np.unique(np.linspace(0, len(starts) - 1, min(most_tiles, len(starts))).astype(int))]
+        batch = clips.batch([(row, start) for start in starts])
+        if batch.broken:
+            continue
+        _, tile_scores, _ = window_scores(model, frontend, batch.wave, precision, manifest.multi_label)
+        tile, relevance = int(tile_scores[:, focus].argmax()), None
+        with torch.no_grad():
+            spec = frontend(batch.wave[tile:tile + 1].to(precision.device))
+        if time.monotonic() - began < RELEVANCE_SECONDS:
+            relevance = patch_relevance(model, spec, torch.tensor([focus], device=spec.device))[0].cpu().numpy()
+        start, length = starts[tile], min(clips.samples, int(clips.total[row]) - starts[tile])
+        begin = float(manifest.start[row]) + start / rate
+        found.append(page.Example(kind, i, manifest.paths[row], manifest.file(row), begin, begin + length / rate,
+                                  manifest.positives([row])[1].tolist(), np.flatnonzero(said[i]).tolist(), focus, scores[i],
+                                  spec[0].cpu().numpy(), relevance, batch.wave[tile].cpu().numpy(), rate))
+    return found
 
 
 def pooled_results(folders, out):
@@ -363,10 +434,16 @@ def main(argv=None):
     if len(result.rows) == 0:
         raise DataError(f"{manifest.root}: none of the {len(rows)} clips can be read; give their folder with --data")
     folder = Path(args.out) if args.out else path.parent / split
-    metrics = write_results(folder, result, manifest, state["classes"], split, calibration_of(state))
+    calibration = calibration_of(state)
+    metrics = write_results(folder, result, manifest, state["classes"], split, calibration)
     print("\n".join(result_lines(metrics)))
     print(f"written: {folder}/metrics.json, predictions.csv, scores.npz, per_class.csv" + ", confusion.png" * (
-        not manifest.multi_label))
+        not manifest.multi_label), flush=True)
+    out = (folder if args.out or split != "test" else path.parent) / "report.html"
+    options = [f"--{name}={value}" for name in ("split", "data", "audio-dir", "out")
+               if (value := getattr(args, name.replace("-", "_"))) != (name == "split" and "test" or None)]
+    print(write_report(out, path, calibration, state["progress"]["epoch"], folder, result, model, frontend, clips, loss_fn, precision,
+                       args.batch_size, options))
 
 
 if __name__ == "__main__":

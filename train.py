@@ -46,7 +46,7 @@ from data.sampling import SAMPLERS, quotas, write_heard
 from data.scan import write_bad_files
 from data.splits import split_hash, write_split
 from evaluate import (Evaluation, calibration_of, decisions, evaluate, fail, pooled_results, restore, result_lines, weights_of,
-                      write_results)
+                      write_report, write_results)
 from losses import SIGMOID, balanced_alpha, build_loss, hits, soft_target
 from model.ast import AST, ASTConfig
 from model.frontend import FrontendConfig, build_frontend
@@ -523,7 +523,7 @@ def main(argv=None):
         write_split(manifest, run_dir / "split.csv")
         write_json(run_dir / "run.json", {
             "flags": vars(args), "classes": manifest.classes, "multi_label": manifest.multi_label,
-            "clips": {split: len(rows[split]) for split in rows},
+            "clips": {split: len(rows[split]) for split in rows}, "data": {"root": str(manifest.root), "notes": manifest.notes},
             "unreadable": len(bad_files), "split_sha256": split_hash(manifest), "weights": weights, "parameters": n_params,
             "model": model.config.to_dict(), "frontend": frontend.config.to_dict(), "precision": precision.name,
             "steps_per_epoch": steps_per_epoch, "warmup_steps": warmup_steps, "processes": ranks.size,
@@ -714,6 +714,8 @@ def main(argv=None):
         print(write_heard(loader, progress.epoch, run_dir / "heard.csv"))
         metrics = write_results(run_dir / "test", result, manifest, manifest.classes, "test", fitted)
         print("\n".join(result_lines(metrics)))
+        print(write_report(run_dir / "report.html", run_dir / "best.pt", fitted, progress.best_epoch, run_dir / "test", result, model,
+                           frontend, clips, t.loss_fn, precision, args.eval_batch_size))
     print(f"written: {run_dir}\nnext: python evaluate.py --ckpt {shlex.quote(str(run_dir / 'best.pt'))}")
     return 0
 

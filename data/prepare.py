@@ -57,7 +57,9 @@ def prepare(data, audio_dir=None, fold=None, min_clips=1, max_bad_share=0.05, ho
     order = np.argsort(twins, kind="stable")[np.count_nonzero(twins < 0):]  # sets of twins, one after the other
     duplicates = [rows.tolist() for rows in np.split(order, np.flatnonzero(np.diff(twins[order])) + 1) if len(rows)]
     notes = assign_splits(manifest, duplicates, seed=seed, fold=fold)
-    _say(say, None, notes + [f"LEAK: {line}" for line in audit(manifest, duplicates)])
+    notes += [f"LEAK: {line}" for line in audit(manifest, duplicates)]
+    manifest.notes += notes
+    _say(say, None, notes)
     for split in ("train", "val", "test"):
         if len(manifest.rows(split)) == 0:
             raise DataError(f"--data {data}: no clip is left for {split}; give more recordings, or a split column")

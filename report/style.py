@@ -100,14 +100,14 @@ def label_right(ax, labels, size=9):
     labels = sorted(labels, key=lambda label: label[0])
     to_axes = ax.transData + ax.transAxes.inverted()
     left = ax.get_xlim()[0]
-    heights = _apart([to_axes.transform((left, y))[1] for y, _, _ in labels], gap)
+    heights = apart([to_axes.transform((left, y))[1] for y, _, _ in labels], gap)
     for height, (_, text, colour) in zip(heights, labels):
         ax.annotate(text, (1, height), xycoords="axes fraction", xytext=(5, 0),
                     textcoords="offset points", va="center", color=colour, fontsize=size,
                     annotation_clip=False)
 
 
-def _apart(heights, gap):
+def apart(heights, gap):
     """Ascending heights, clipped to 0..1 -> heights at least `gap` apart, moved little."""
     heights = [min(max(h, 0.0), 1.0) for h in heights]
     for _ in range(20 * len(heights)):
