@@ -1,7 +1,9 @@
 """Clips with several labels, from the CSV to the test: against scikit-learn, torchvision, float64, and by hand."""
 import contextlib
 import csv
+import html
 import json
+import re
 import signal
 
 import numpy as np
@@ -487,6 +489,7 @@ def no_pictures():
         for name in ("schedule", "batch", "curves"):
             patch.setattr(pictures, name, lambda *_, **__: None)
         patch.setattr(pictures, "confusion", lambda *_, **__: pytest.fail("a confusion matrix of several labels"))
+        patch.setattr(train, "write_report", lambda *_: "")
         yield patch
 
 
@@ -540,6 +543,30 @@ def test_the_figures_from_the_files_alone(trained, mixtures):
     per = rows(trained / "test" / "per_class.csv")
     assert [float(row["threshold"]) for row in per] == pytest.approx(state["calibration"]["thresholds"], abs=1e-6)
     assert [int(row["support"]) for row in per] == truth.sum(0).tolist()
+
+
+def test_the_report_of_several_labels(trained):
+    """report.html against predictions.csv: what was found, what was said, and each pair of a miss and a false alarm."""
+    source = (trained / "report.html").read_text(encoding="utf-8")
+    words = re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", source)))
+    predictions = rows(trained / "test" / "predictions.csv")
+    sets = [tuple({name for name in row[column].split("; ") if name} for column in ("label", "prediction")) for row in predictions]
+    held, said, hits = (sum(map(len, part)) for part in zip(*((a, b, a & b) for a, b in sets)))
+    assert f"Of {held} labels of {len(sets)} test clips, {hits / held:.1%} are found, and {hits / said:.1%} of what is said is so." in words
+    cells = json.loads(re.search(r'id="clips">(.*?)</script>', source)[1])
+    names, wanted = sorted(HZ), {}
+    for row, (truth, answer) in zip(predictions, sets):
+        pairs = [(name, name) for name in truth & answer]
+        if truth != answer:
+            pairs += [(a, b) for a in truth - answer or {"(none)"} for b in answer - truth or {"(none)"}]
+        for pair in pairs:
+            wanted.setdefault(pair, []).append(row["path"])
+    place = {name: i for i, name in enumerate([*names, "(none)"])}
+    found = {cell: sorted(clip[0] for clip in clips) for cell, clips in cells["cells"].items()}
+    assert cells["names"] == [*names, "(none)"]
+    assert found == {f"{place[a]},{place[b]}": sorted(paths)[:50] for (a, b), paths in wanted.items() if len(paths) <= 50} | {
+        cell: paths for cell, paths in found.items() if len(paths) == 50}
+    assert "threshold" in words and "Of the clips to which it gives a class 80%" in words and source.count('class="card"') > 6
 
 
 def test_evaluate_repeats_the_test_and_the_validation(trained, tmp_path, capsys):
