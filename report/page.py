@@ -366,7 +366,7 @@ def _matrix(run):
     """Number of outcomes, rows the truth, and the names of rows and columns."""
     names = [*run.names, NONE] if run.several else run.names
     counts = np.zeros((len(names),) * 2, np.int64)
-    np.add.at(counts, _outcomes(run)[:2], 1)
+    np.add.at(counts, tuple(_outcomes(run)[:2]), 1)
     return counts, names
 
 

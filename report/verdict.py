@@ -122,7 +122,7 @@ def headline(run):
     if not run.several:
         return f"{m['accuracy']:.1%} of {clips} are named right.", interval
     hits, said, held = ((part.sum()) for part in (run.said & run.truth, run.said, run.truth))
-    return (f"Of {count(int(held), 'label')} of {clips}, {hits / held:.1%} are found, and {hits / max(1, said):.1%} of what is said is so.",
+    return (f"Of the {count(int(held), 'label')} of {clips} {hits / held:.1%} are found, and {hits / max(1, said):.1%} of the labels given are right.",
             f"The class it is surest of is one of the clip's labels in {m['accuracy']:.1%}, {interval}")
 
 

@@ -552,7 +552,7 @@ def test_the_report_of_several_labels(trained):
     predictions = rows(trained / "test" / "predictions.csv")
     sets = [tuple({name for name in row[column].split("; ") if name} for column in ("label", "prediction")) for row in predictions]
     held, said, hits = (sum(map(len, part)) for part in zip(*((a, b, a & b) for a, b in sets)))
-    assert f"Of {held} labels of {len(sets)} test clips, {hits / held:.1%} are found, and {hits / said:.1%} of what is said is so." in words
+    assert f"Of the {held} labels of {len(sets)} test clips {hits / held:.1%} are found, and {hits / said:.1%} of the labels given are right." in words
     cells = json.loads(re.search(r'id="clips">(.*?)</script>', source)[1])
     names, wanted = sorted(HZ), {}
     for row, (truth, answer) in zip(predictions, sets):
@@ -566,6 +566,8 @@ def test_the_report_of_several_labels(trained):
     assert cells["names"] == [*names, "(none)"]
     assert found == {f"{place[a]},{place[b]}": sorted(paths)[:50] for (a, b), paths in wanted.items() if len(paths) <= 50} | {
         cell: paths for cell, paths in found.items() if len(paths) == 50}
+    drawn = {cell: int(n) for cell, n in re.findall(r'data-cell="([\d,]+)"[^>]*aria-label="[^"]*: (\d+) of', source)}
+    assert drawn == {f"{place[a]},{place[b]}": len(paths) for (a, b), paths in wanted.items()}
     assert "threshold" in words and "Of the clips to which it gives a class 80%" in words and source.count('class="card"') > 6
 
 
