@@ -716,6 +716,7 @@ def main(argv=None):
         print("\n".join(result_lines(metrics)))
         print(write_report(run_dir / "report.html", run_dir / "best.pt", fitted, progress.best_epoch, run_dir / "test", result, model,
                            frontend, clips, t.loss_fn, precision, args.eval_batch_size))
+        log.finish(progress.step, vars(args), metrics)
     print(f"written: {run_dir}\nnext: python evaluate.py --ckpt {shlex.quote(str(run_dir / 'best.pt'))}")
     return 0
 

@@ -10,6 +10,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .checkpoint import link, load_checkpoint, load_newest, reading
@@ -169,10 +170,11 @@ class RunLog:
         self.history = CsvLog(run_dir / "history.csv", HISTORY, keep=progress.epoch)
         self.steps = CsvLog(run_dir / "steps.csv", STEPS, keep=progress.step)
         self.events = CsvLog(run_dir / "events.csv", EVENTS, keep=progress.step)
-        self.board = None
+        self.folder, self.board = run_dir, None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(run_dir / "tensorboard", purge_step=progress.step + 1)
+            self._pictures(progress.step, "schedule.png", "batch.png")
 
     def step(self, **row):
         """A row of steps.csv: the values named in STEPS."""
@@ -193,6 +195,21 @@ class RunLog:
     def event(self, step, epoch, event, detail):
         """A row of events.csv: what was out of the ordinary (skipped, diverged, rollback, unreadable, memory)."""
         self.events.append(step=step, epoch=epoch, event=event, detail=detail)
+
+    def finish(self, step, flags, figures):
+        """The end of a run, for TensorBoard alone: its pictures, and its flags with the figures of the test."""
+        if self.board:
+            self._pictures(step, "curves.png", "test/confusion.png")
+            self.board.add_hparams({name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in flags.items()},
+                                   {f"test/{name}": value for name, value in figures.items() if isinstance(value, float)}, run_name=".")
+            self.board.close()
+
+    def _pictures(self, step, *names):
+        from PIL import Image
+        for name in names:
+            if (self.folder / name).exists():
+                with Image.open(self.folder / name) as picture:
+                    self.board.add_image(name.removesuffix(".png"), np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
     def sync(self):
         for log in (self.steps, self.history, self.events):

@@ -1,5 +1,6 @@
 """The whole program through its command line, and its step against float64."""
 import csv
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
+from PIL import Image
 
 import evaluate
 import train
@@ -71,6 +73,24 @@ def test_run_folder_is_whole(trained):
     metrics = json.loads((folder / "test" / "metrics.json").read_text())
     assert {"accuracy", "balanced_accuracy", "macro_f1", "weighted_f1", "map", "n", "accuracy_ci95"} <= set(metrics)
     assert "warm-up" in out and "best.pt" in out
+
+
+def test_what_tensorboard_shows(trained):
+    """Read back with TensorBoard's own reader: curves, LRs, pictures, hyperparameters and the figures of the test."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    _, folder, _ = trained
+    board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
+    steps, metrics = rows(folder / "steps.csv"), json.loads((folder / "test" / "metrics.json").read_text())
+    for name in ("loss", "lr_backbone", "lr_head"):
+        assert [event.value for event in board.Scalars(f"step/{name}")] == pytest.approx([float(row[name]) for row in steps])
+    assert [event.value for event in board.Scalars("epoch/val_acc")] == pytest.approx(
+        [float(row["val_acc"]) for row in rows(folder / "history.csv")])
+    assert set(board.Tags()["images"]) == {"schedule", "batch", "curves", "test/confusion"}
+    with Image.open(folder / "curves.png") as wanted, Image.open(io.BytesIO(board.Images("curves")[0].encoded_image_string)) as shown:
+        assert np.array_equal(np.asarray(wanted.convert("RGB")), np.asarray(shown))
+    assert board.Scalars("test/accuracy")[0].value == pytest.approx(metrics["accuracy"])
+    flags = board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert b"warmup_epochs" in flags and b"lr_backbone" in flags
 
 
 def test_unequal_lrs_keep_their_ratio_at_every_step_of_a_real_run(trained):
