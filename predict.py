@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import csv
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -36,9 +35,9 @@ from data.manifest import DataError
 from data.scan import printable, write_bad_files
 from data.stream import Windows, find_recordings, look, number_groups, window_batches
 from evaluate import INPUT_ERRORS, calibration_of, fail, find_checkpoint, multi_label_of, restore, window_scores
+from report.tracks import label_track, labelled, selection_table, window_lines, window_rows
 
 FORMATS = ("csv", "jsonl", "raven", "audacity")
-RAVEN = "Selection,View,Channel,Begin Time (s),End Time (s),Low Freq (Hz),High Freq (Hz),Label,Score".split(",")
 SUFFIXES = {"raven": ".Table.1.selections.txt", "audacity": ".txt", "embeddings": ".npz"}  # of a file for each recording
 
 
@@ -285,7 +284,8 @@ def write_tables(out, recordings, names, classes, config):
                 for name in names:
                     if name in SUFFIXES:
                         file = own.enter_context(replacing(own_file(out, name, recording)))
-                        writers.append(selection_table(file, config, recording.info) if name == "raven" else label_track(file))
+                        writers.append(selection_table(file, config.fmin, min(config.fmax, recording.info.rate / 2)) if name == "raven"
+                                       else label_track(file))
                 part = own.enter_context(open(part_path(out / "parts", recording), encoding="utf-8"))
                 head = json.loads(part.readline())
                 for label, score in labelled(head["scores"], classes) or [("", "")]:
@@ -295,46 +295,6 @@ def write_tables(out, recordings, names, classes, config):
                     for write in writers:
                         write(start / config.sample_rate, end / config.sample_rate, labelled(found, classes))
     return ["files.csv", *(f"windows.{name}" for name in together), *(f"{name}/" for name in names if name in SUFFIXES)]
-
-
-def labelled(found, classes):
-    return [(classes[i], f"{score:.6f}") for i, score in found]
-
-
-def window_rows(file, recording):
-    """CSV: a row for each window and class, one with an empty label where there is none."""
-    def write(start, end, found):
-        csv.writer(file).writerows([recording.path, f"{start:.3f}", f"{end:.3f}", *one] for one in found or [("", "")])
-    return write
-
-
-def window_lines(file, recording):
-    """JSON, a line for each window; a byte of the path that is not UTF-8 is an escaped lone surrogate, as Python reads it."""
-    def write(start, end, found):
-        row = {"path": recording.path, "start": round(start, 3), "end": round(end, 3),
-               "labels": [{"label": label, "score": float(score)} for label, score in found]}
-        file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n")
-    return write
-
-
-def selection_table(file, config, info):
-    """A selection table of Raven Pro: columns with tabs between, numbered selections. Its band is the front end's, as far
-    as the recording has it."""
-    band, number = f"{config.fmin:.1f}\t{min(config.fmax, info.rate / 2):.1f}", itertools.count(1)
-    file.write("\t".join(RAVEN) + "\n")
-
-    def write(start, end, found):
-        for label, score in found:
-            file.write(f"{next(number)}\tSpectrogram 1\t1\t{start:.6f}\t{end:.6f}\t{band}\t{printable(label)}\t{score}\n")
-    return write
-
-
-def label_track(file):
-    """A label track of Audacity, https://manual.audacityteam.org/man/importing_and_exporting_labels.html"""
-    def write(start, end, found):
-        for label, _ in found:
-            file.write(f"{start:.6f}\t{end:.6f}\t{printable(label)}\n")
-    return write
 
 
 def unfinished(parts, recordings, groups, embeddings):
