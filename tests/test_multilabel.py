@@ -3,6 +3,7 @@ import contextlib
 import csv
 import html
 import json
+import os
 import re
 import signal
 
@@ -14,6 +15,7 @@ from sklearn import metrics as sk
 from torchvision.ops import sigmoid_focal_loss
 
 import evaluate
+import predict
 import train
 from core.calibration import calibrate, fit_temperature, fit_thresholds, reliability, temper
 from core.checkpoint import load_checkpoint, save_checkpoint
@@ -580,6 +582,22 @@ def test_evaluate_repeats_the_test_and_the_validation(trained, tmp_path, capsys)
     best = epochs[load_checkpoint(trained / "best.pt")["progress"]["best_epoch"] - 1]
     for column, name in (("val_map", "map"), ("val_macro_f1", "macro_f1"), ("val_acc", "accuracy"), ("val_loss", "loss")):
         assert found[name] == pytest.approx(float(best[column]), abs=1e-6), name
+
+
+def test_predict_says_of_a_recording_what_evaluate_says_of_the_clip(trained, mixtures, tmp_path):
+    """The same labels with the same scores, from the same file by either way."""
+    assert go(predict, "--ckpt", trained / "best.pt", "--device", "cpu", "--amp", "off", "--out", tmp_path / "p", mixtures) == 0
+    found = {}
+    for row in rows(tmp_path / "p" / "files.csv"):
+        found.setdefault(os.path.basename(row["path"]), {})[row["label"]] = float(row["score"])
+    several = 0
+    for row in rows(trained / "test" / "predictions.csv"):
+        scores = dict(part.rsplit(" ", 1) for part in row["top5"].split("; "))
+        said = {name for name in row["prediction"].split("; ") if name}
+        assert {name for name in found[row["path"]] if name} == said
+        assert all(abs(found[row["path"]][name] - float(scores[name])) < 1e-3 for name in said)
+        several += len(said) > 1
+    assert several > 3
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(mixtures, home, tmp_path):
