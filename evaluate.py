@@ -35,7 +35,7 @@ from losses import SIGMOID, build_loss, hits as hits_of
 from model.ast import AST, ASTConfig
 from model.frontend import FrontendConfig, build_frontend
 from model.relevance import patch_relevance
-from report import page, pictures
+from report import examples, page, pictures
 
 INPUT_ERRORS = (CheckpointError, DataError, DeviceError, RunError)
 # The report looks for wrong labels among so many training clips, for so many seconds, and for what mattered for so long.
@@ -192,17 +192,17 @@ def write_report(out, checkpoint, calibration, epoch, folder, result, model, fro
     gives for it, and the epoch that its weights are of; options: words for evaluate.py to do it again."""
     manifest, rows = clips.manifest, clips.manifest.rows("train")
     split = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["split"]
-    parts, scored = [(result, ("suspect", "uncertain", "right") if split == "train" else page.OF_TEST)], 0
+    parts, scored = [(result, ("suspect", "uncertain", "right") if split == "train" else examples.OF_TEST)], 0
     trained = result if split == "train" else score_some(np.random.default_rng(0).permutation(rows)[:SUSPECT_CLIPS], model, frontend,
                                                          clips, loss_fn, precision, batch_size)
     if trained is not None:
         scored = len(trained.rows)
         parts = parts if trained is result else [(trained, ("suspect",)), *parts]
-    examples = [example for part, kinds in parts for example in examples_of(kinds, part, calibration, model, frontend, clips, precision)]
+    shown = [example for part, kinds in parts for example in examples_of(kinds, part, calibration, model, frontend, clips, precision)]
     tempered = temper(result.scores, calibration["temperature"], manifest.multi_label)
     bins = [reliability(scores, result.labels)[0] for scores in (result.scores, tempered)]
     try:
-        page.write_page(out, checkpoint.parent, folder, examples, bins, (scored, len(rows)), manifest.root, frontend.mel_hz.numpy(),
+        page.write_page(out, checkpoint.parent, folder, shown, bins, (scored, len(rows)), manifest.root, frontend.mel_hz.numpy(),
                         (model.config.patch, model.config.stride), epoch,
                         shlex.join(["python", "evaluate.py", "--ckpt", str(checkpoint), *options]))
     except OSError as error:
@@ -223,12 +223,12 @@ def score_some(rows, model, frontend, clips, loss_fn, precision, batch_size):
 
 
 def examples_of(kinds, result, calibration, model, frontend, clips, precision, most_tiles=32):
-    """[page.Example] of these kinds out of an Evaluation: of each clip the tile that speaks most for the class it was chosen for,
+    """[examples.Example] of these kinds out of an Evaluation: of each clip the tile that speaks most for the class it was chosen for,
     of at most so many spread over it. A clip that cannot be read any more is left out."""
     manifest, rate, found, began = clips.manifest, clips.rate, [], time.monotonic()
     scores = temper(result.scores, calibration["temperature"], manifest.multi_label)
-    said = page.answers(scores, result.labels, calibration["thresholds"])
-    for kind, i, focus in page.choose(scores, result.labels, kinds, calibration["thresholds"]):
+    said = examples.answers(scores, result.labels, calibration["thresholds"])
+    for kind, i, focus in examples.choose(scores, result.labels, kinds, calibration["thresholds"]):
         row = int(result.rows[i])
         starts = clips.tiles(row)
         starts = [starts[j] for j in np.unique(np.linspace(0, len(starts) - 1, min(most_tiles, len(starts))).astype(int))]
@@ -243,7 +243,7 @@ def examples_of(kinds, result, calibration, model, frontend, clips, precision, m
             relevance = patch_relevance(model, spec, torch.tensor([focus], device=spec.device))[0].cpu().numpy()
         start, length = starts[tile], min(clips.samples, int(clips.total[row]) - starts[tile])
         begin = float(manifest.start[row]) + start / rate
-        found.append(page.Example(kind, i, manifest.paths[row], manifest.file(row), begin, begin + length / rate,
+        found.append(examples.Example(kind, i, manifest.paths[row], manifest.file(row), begin, begin + length / rate,
                                   manifest.positives([row])[1].tolist(), np.flatnonzero(said[i]).tolist(), focus, scores[i],
                                   spec[0].cpu().numpy(), relevance, batch.wave[tile].cpu().numpy(), rate))
     return found

@@ -84,7 +84,8 @@ def _end_labels(ends):
 
 
 def reliability(label, curves, axes, colours=("blue", "vermilion")):
-    """Reliability diagram: share right over mean confidence, what `axes` (x, y) call so, for each curve, [(name, (bins, 3) confidence, share right,
+    """Reliability diagram: share right over mean confidence, what `axes` (x, y) call so, for each curve, [(name, (bins, 3)
+    confidence, share right,
     clips)]; the area of a dot goes with its clips, the columns below say how many."""
     width, height, left, top, side = 360, 404, 44, 42, 270
     parts = [element("rect", x=left, y=top, width=side, height=side, class_="frame"),
@@ -237,7 +238,8 @@ def matrix(counts, names, order):
 
 
 def _piece(content, width, height, name):
-    return element("svg", content, viewBox=f"0 0 {_n(width)} {_n(height)}", width=_n(width), height=_n(height), class_=name, aria_hidden="true")
+    return element("svg", content, viewBox=f"0 0 {_n(width)} {_n(height)}", width=_n(width), height=_n(height), class_=name,
+                   aria_hidden="true")
 
 
 def _cell(n, support, names, i, j, at, to, size, written):

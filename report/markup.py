@@ -37,6 +37,19 @@ def join(*content):
                           else html.escape(clean(part)) for part in content if part is not None))
 
 
+def section(name, title, *content):
+    return element("section", element("h2", title), content, id=name)
+
+
+def note(*text):
+    return element("p", text, class_="note")
+
+
+def bdi(text):
+    """A name out of the data, which may run from right to left."""
+    return element("bdi", text)
+
+
 def data_block(name, value):
     """A JSON value for the page's script to read; no text in it can end the block."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")

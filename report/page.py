@@ -1,7 +1,7 @@
 """report.html: what a run has come to, on one page that needs nothing else.
 
-Made from the files of a finished run and of its results, and from examples that the caller has chosen with `choose` and
-filled with what the model saw and heard. No network: style, script, pictures and sound are in the file, and its
+Made from the files of a finished run and of its results, and from examples (`examples.py`) that the caller has filled with
+what the model saw and heard. No network: style, script, pictures and sound are in the file, and its
 Content-Security-Policy forbids the browser to ask for anything more.
 """
 import base64
@@ -9,104 +9,21 @@ import hashlib
 import os
 import re
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 
 from . import charts
-from .markup import Markup, clean, colour_png, data_address, data_block, element, grey_png, mp3
+from .examples import KINDS, card_of, listen_section, pictures_of
+from .markup import Markup, bdi, clean, data_address, data_block, element, mp3, note, section
 from .style import plain
 from .verdict import CLIPS, count, findings, headline, read_run, some, training, wilson
 
 CAP = 8 << 20  # bytes of a page: sound that would go beyond is linked instead
-KINDS = {  # of example: title, what it is
-    "suspect": ("Training clips most confidently wrong", "Clips the model was trained on and still names otherwise, by how much more "
-                "it believes in its answer than in the label (the margin of C. Northcutt et al., “Confident Learning”, 2021). Often "
-                "the label is what is wrong."),
-    "wrong": ("The worst mistakes", "By how much more it believes in its answer than in the truth; at most two of one confusion."),
-    "uncertain": ("The most uncertain", "The two best scores lie closest together."),
-    "right": ("Some right ones", "Of different classes, the surest of each."),
-}
-SEVERAL = {  # the same where clips may have several labels
-    "suspect": "Clips the model was trained on and still answers otherwise, the surest at first: by the score of a class that the clip "
-               "does not have, or by how little it gives to one that it has. Often the label is what is wrong.",
-    "wrong": "A class said that the clip does not have, or one missed that it has, the surest at first; at most two of one kind.",
-    "uncertain": "The score of a class lies closest to its threshold.",
-    "right": "Each label said and nothing else, the surest of each class.",
-}
-OF_TEST = ("wrong", "uncertain", "right")
 NONE = "(none)"  # of a miss where nothing else is said, or of what is said where nothing is missed
-MOST = {"suspect": 12, "wrong": 10, "uncertain": 6, "right": 6}
 PER_CELL, ALL_CELLS = 50, 20_000  # clips that the confusion matrix lists: of one cell, and in all
 MATRIX = 120  # classes that are drawn
-WIDEST = 800  # columns of a spectrogram's picture
-ORANGE = (230, 159, 0)
-
-
-@dataclass
-class Example:
-    """A clip to look at and listen to; of a longer one the tile that spoke most for the class `focus`."""
-    kind: str  # of KINDS
-    index: int  # of the clip among those scored
-    path: str  # as in the manifest
-    file: Path  # where it lies
-    start: float  # seconds into the file
-    end: float
-    labels: list  # class indices, most often one
-    said: list  # class indices: the answer, or what reaches its threshold
-    focus: int  # class index: what the clip was chosen for
-    scores: np.ndarray  # (classes,) of the whole clip, calibrated
-    spectrogram: np.ndarray  # (n_mels, frames) as the model saw it
-    relevance: np.ndarray | None  # (rows, columns) of its patches for `focus`, not negative
-    wave: np.ndarray  # (samples,) float32
-    rate: int  # Hz
-
-
-def answers(scores, labels, thresholds):
-    """(n, classes) bool: the class with the highest score (n, classes), or, where labels are (n, classes) with nan for what is not
-    known, the known classes that reach their thresholds (classes,)."""
-    if labels.ndim == 1:
-        return scores.argmax(axis=1)[:, None] == np.arange(scores.shape[1])
-    return (scores >= np.asarray(thresholds)) & ~np.isnan(labels)
-
-
-def choose(scores, labels, kinds=OF_TEST, thresholds=None):
-    """Which clips to show -> [(kind, index, class that it is chosen for)], the number of each in MOST; no clip twice.
-    scores, labels, thresholds: as for `answers`."""
-    n = np.arange(len(scores))
-    if labels.ndim == 1:
-        focus, best = scores.argmax(axis=1), scores.max(axis=1)
-        wrong, right = focus != labels, focus == labels
-        margin = best - scores[n, labels]  # over the truth
-        torn = best - np.partition(scores, -2, axis=1)[:, -2] if scores.shape[1] > 1 else best
-        focus, alike = dict.fromkeys(KINDS, focus), dict.fromkeys(KINDS, labels)
-    else:
-        truth, known, said = labels == 1, ~np.isnan(labels), answers(scores, labels, thresholds)
-        error = np.where(known & (said != truth), np.where(truth, 1 - scores, scores), -1.0)
-        distance = np.where(known, np.abs(scores - thresholds), np.inf)
-        sure = np.where(truth, scores, -1.0)
-        wrong, margin, torn, best = (error >= 0).any(axis=1), error.max(axis=1), distance.min(axis=1), sure.max(axis=1)
-        right = ~wrong
-        focus = {"wrong": error.argmax(axis=1), "uncertain": distance.argmin(axis=1), "right": sure.argmax(axis=1)}
-        focus["suspect"] = focus["wrong"]
-        alike = {kind: truth[n, focus[kind]] for kind in KINDS}  # missed or wrongly said
-    orders = {"wrong": [i for i in np.argsort(-margin, kind="stable") if wrong[i]], "uncertain": np.argsort(torn, kind="stable"),
-              "right": [i for i in np.argsort(-best, kind="stable") if right[i]]}
-    orders["suspect"] = orders["wrong"]
-    most_alike = {"wrong": 2, "right": 1}  # clips of one label and answer
-    found, taken = [], set()
-    for kind in kinds:
-        seen, left = {}, MOST[kind]
-        for i in map(int, orders[kind]):
-            pair = (alike[kind][i], focus[kind][i])
-            if left and i not in taken and seen.get(pair, 0) < most_alike.get(kind, len(labels)):
-                seen[pair] = seen.get(pair, 0) + 1
-                taken.add(i)
-                found.append((kind, i, int(focus[kind][i])))
-                left -= 1
-    return found
 
 
 def write_page(out, run_dir, results, examples=(), bins=None, scored=(0, 0), root=None, mel_hz=None, patch=(16, 10), epoch=None,
@@ -121,19 +38,19 @@ def write_page(out, run_dir, results, examples=(), bins=None, scored=(0, 0), roo
     """
     out, run = Path(out), read_run(run_dir, results)
     here = Path(os.path.abspath(out.parent))
-    pictures = _pictures(examples, patch)
+    shown = pictures_of(examples, patch)
     cells, listed = _cell_lists(run, examples, here, root)
     title = _title(run, root)
 
     def page(sounds):
-        cards = [_card(run, number, example, picture, sounds.get(number), here, mel_hz)
-                 for number, (example, picture) in enumerate(zip(examples, pictures, strict=True))]
+        cards = [card_of(run, number, example, picture, sounds.get(number), here, mel_hz)
+                 for number, (example, picture) in enumerate(zip(examples, shown, strict=True))]
         by_kind = {kind: [card for card, example in zip(cards, examples, strict=True) if example.kind == kind] for kind in KINDS}
         heard = f"{len(sounds)} of {len(examples)} clips have a player" if len(sounds) < len(examples) else "every clip has a player"
         return _document(title, [
             _head(run, title, epoch), _training_section(run), _class_section(run), _confusion_section(run, listed),
             _confidence_section(run, bins),
-            _listen_section(run, by_kind, scored, f"{heard}; the page may have {cap / 2**20:.0f} MB, sound beyond that is linked."),
+            listen_section(run, by_kind, scored, f"{heard}; the page may have {cap / 2**20:.0f} MB, sound beyond that is linked."),
             _settings_section(run, run_dir, command)], data_block("clips", cells))
 
     room, sounds = cap - len(page({}).encode()), {}
@@ -164,22 +81,9 @@ def _document(title, sections, data):
                                                  element("script", Markup(script))), lang="en") + "\n"
 
 
-def _section(name, title, *content):
-    return element("section", element("h2", title), content, id=name)
-
-
-def _note(*text):
-    return element("p", text, class_="note")
-
-
 def _prose(text):
     """Text in which no flag is broken over two lines."""
     return [element("span", part, class_="flag") if i % 2 else part for i, part in enumerate(re.split(r"(--[a-z][a-z-]+)", text))]
-
-
-def _name(text):
-    """A name out of the data, which may run from right to left."""
-    return element("bdi", text)
 
 
 def _title(run, root):
@@ -202,7 +106,7 @@ def _head(run, title, epoch):
                   f"weights {run.run['flags']['weights']}"]
     links = [("training", "Training"), ("classes", "Classes"), ("confusions", "Confusions"), ("confidence", "Confidence"),
              ("listen", "Listen"), ("labels", "Labels to check"), ("again", "Do it again")]
-    return element("header", element("p", _name(title), class_="kicker"), element("h1", first), element("p", second, class_="lead"),
+    return element("header", element("p", bdi(title), class_="kicker"), element("h1", first), element("p", second, class_="lead"),
                    _figures(run), element("p", _prose(" ".join(training(run, epoch)))),
                    _findings(odd, absent), element("p", " · ".join(clean(fact) for fact in facts), class_="note"),
                    element("nav", [element("a", words, href=f"#{name}") for name, words in links], aria_label="sections"))
@@ -210,9 +114,10 @@ def _head(run, title, epoch):
 
 def _figures(run):
     boxes = []
-    shown = (("map", "mAP"), ("macro_f1", "macro-F1"), ("micro_f1", "micro-F1"), ("accuracy", "surest class is a label")) if run.several else (
-        ("accuracy", "accuracy"), ("balanced_accuracy", "balanced accuracy"), ("macro_f1", "macro-F1"), ("map", "mAP"))
-    for key, name in shown:
+    shown = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1", "map": "mAP"}
+    if run.several:
+        shown = {"map": "mAP", "macro_f1": "macro-F1", "micro_f1": "micro-F1", "accuracy": "surest class is a label"}
+    for key, name in shown.items():
         value, (low, high) = run.metrics[key], run.metrics[f"{key}_ci95"]
         boxes.append(element("div", element("dt", name), element("dd", element("b", f"{value:.3f}"), _interval(value, low, high),
                                                                  element("small", f"{low:.3f} to {high:.3f}"))))
@@ -254,7 +159,7 @@ def _training_section(run):
     if len(run.steps.get("step", ())):
         figures += _step_charts(run)
     said = "Dashed: the best epoch." if best is not None else None
-    return _section("training", "Training", _note(said) if said else None, element("div", [
+    return section("training", "Training", note(said) if said else None, element("div", [
         element("figure", element("h3", name), chart, element("figcaption", caption)) for name, chart, caption in figures if chart],
         class_="charts"))
 
@@ -278,7 +183,8 @@ def _step_charts(run):
     lr = charts.line_chart("learning rate by step", [(name, *charts.thinned(steps, values)) for name, values in groups],
                            "optimiser step", log=True)
     peaks = ", ".join(f"{name} {values.max():.1e}" for name, values in groups)
-    found = [("Learning rate of each group", lr, (f"peaks: {peaks}" if len(groups) > 1 else f"one for all groups, peak {groups[0][1].max():.1e}") + (f"; each block's is {decay:g} of the next one's" if decay < 1 else ""))]
+    caption = f"peaks: {peaks}" if len(groups) > 1 else f"one for all groups, peak {groups[0][1].max():.1e}"
+    found = [("Learning rate of each group", lr, caption + (f"; each block's is {decay:g} of the next one's" if decay < 1 else ""))]
     clip = run.run.get("flags", {}).get("clip_grad", 0)
     for name, column, caption in (("Loss by step", "loss", "mean and range of neighbouring steps"),
                                   ("Gradient norm", "grad_norm", f"before clipping to {clip:g}" if clip else "not clipped")):
@@ -302,22 +208,24 @@ def _class_section(run):
         low, high = wilson(hits[i], support[i])
         recall = hits[i] / support[i] if support[i] else None
         other = names.index(row["confused_with"]) if row["confused_with"] in names and int(row["confused_count"]) else None
-        rows.append(element("tr", element("th", _name(plain(names[i], 26)), scope="row", data_value=clean(names[i]), title=clean(names[i])),
+        rows.append(element("tr", element("th", bdi(plain(names[i], 26)), scope="row", data_value=clean(names[i]), title=clean(names[i])),
                             element("td", _interval(recall, low, high) if recall is not None else None,
                                     element("span", f"{recall:.0%} ({low:.0%} to {high:.0%})" if recall is not None else "–"),
                                     data_value="" if recall is None else f"{recall:.6f}", class_="recall"),
                             _number(support[i]), _number(trained[i]) if trained is not None else None,
                             *(element("td", f"{float(row[key]):.3f}" if row[key] else "–", data_value=row[key], class_="n")
                               for key in ("precision", "f1", "ap") + ("threshold",) * run.several),
-                            element("td", None if other is None else element("button", f"{row['confused_count']}× ", _name(plain(names[other], 22)),
-                                    type="button", class_="cell-link", data_go=f"{i},{other}", title=clean(names[other])),
+                            element("td", None if other is None else element(
+                                "button", f"{row['confused_count']}× ", bdi(plain(names[other], 22)), type="button",
+                                class_="cell-link", data_go=f"{i},{other}", title=clean(names[other])),
                                     data_value="" if other is None else int(row["confused_count"]) / max(1, support[i]))))
-    heads = [element("th", element("button", words, type="button"), scope="col", aria_sort="none", data_numeric=words != "class", class_=side)
-             for words, side in columns]
+    heads = [element("th", element("button", words, type="button"), scope="col", aria_sort="none",
+                     data_numeric=words != "class", class_=side) for words, side in columns]
     table = element("table", element("thead", element("tr", heads)), element("tbody", rows), class_="sortable")
-    return _section("classes", "Classes", _note("Press a heading to sort. The intervals are Wilson's. Undefined figures are –: precision of "
+    return section("classes", "Classes", note("Press a heading to sort. The intervals are Wilson's. Undefined figures are –: precision of "
                                                 "a class never given as an answer, recall of one without clips."),
-                    element("div", table, class_="scroll tall", tabindex="0", role="region", aria_label="table of the classes"), _thirds(run, hits, support))
+                    element("div", table, class_="scroll tall", tabindex="0", role="region", aria_label="table of the classes"),
+                    _thirds(run, hits, support))
 
 
 def _number(value):
@@ -339,8 +247,8 @@ def _thirds(run, hits, support):
     points = [(name, int(n), float(h / s)) for name, n, h, s in zip(run.names, run.train_counts, hits, support, strict=True) if s]
     title = element("h3", "Head, middle, tail", class_="thirds")
     if len(set(run.train_counts)) == 1:
-        return [title, _note(f"Each class has {count(int(run.train_counts[0]), 'training clip')}: none is frequent, none rare.")]
-    return [title, _note("Mean recall of the third of the classes with the most training clips, of the middle third and of the one with the "
+        return [title, note(f"Each class has {count(int(run.train_counts[0]), 'training clip')}: none is frequent, none rare.")]
+    return [title, note("Mean recall of the third of the classes with the most training clips, of the middle third and of the one with the "
                          "fewest."),
             element("div", element("dl", boxes, class_="figures"), element("figure", charts.scatter(
                 "recall of each class over its training clips", points, "training clips", "recall"),
@@ -401,19 +309,20 @@ def _cell_lists(run, examples, here, root):
 
 def _confusion_section(run, whole):
     matrix, names = _matrix(run)
-    order, note = list(range(len(names))), None
+    order, some_of = list(range(len(names))), None
     if len(names) > MATRIX:
         wrong = matrix.sum(axis=0) + matrix.sum(axis=1) - 2 * np.diag(matrix)
         order = sorted(np.argsort(-wrong, kind="stable")[:MATRIX].tolist())
-        note = f"Of {len(names):,} classes the {MATRIX} with the most confusions are drawn. "
+        some_of = f"Of {len(names):,} classes the {MATRIX} with the most confusions are drawn. "
     wrong, support = matrix - np.diag(np.diag(matrix)), matrix.sum(axis=1)
     pairs = sorted(zip(*np.nonzero(wrong)), key=lambda pair: (-wrong[pair], support[pair[0]]))[:12]
-    largest = [element("li", element("button", _name(names[i]), " → ", _name(names[j]), element("small", f" {wrong[i, j]} of {support[i]}"),
+    largest = [element("li", element("button", bdi(names[i]), " → ", bdi(names[j]), element("small", f" {wrong[i, j]} of {support[i]}"),
                                      type="button", class_="cell-link", data_go=f"{i},{j}")) for i, j in pairs]
     said = f"{count(int(wrong.sum()), 'clip')} of {len(run.labels):,} named wrong, in {count(int((wrong > 0).sum()), 'way')}"
     if run.several:
         misses, alarms = int((run.truth & ~run.said).sum()), int((run.said & ~run.truth & ~np.isnan(run.labels)).sum())
-        said = f"{count(misses, 'label')} of {int(run.truth.sum()):,} missed, {count(alarms, 'class', 'classes')} wrongly said, of {len(run.labels):,} clips"
+        said = (f"{count(misses, 'label')} of {int(run.truth.sum()):,} missed, {count(alarms, 'class', 'classes')} wrongly said, of "
+                f"{len(run.labels):,} clips")
     more = "" if whole else f"At most {PER_CELL} of a cell and {ALL_CELLS:,} in all are listed; predictions.csv has them all."
     lists = [element("div", element("h3", "Largest confusions"), element("ol", largest, class_="largest") if largest else
                      element("p", "None: every clip is named right.")),
@@ -422,7 +331,7 @@ def _confusion_section(run, whole):
     how = (f"A label that was missed in rows, what was wrongly said of the same clip in columns, {NONE} where there is no such thing; on "
            "the diagonal, blue, what was rightly said. A clip stands in as many cells as it has such pairs; the colour is the share of "
            "the row. " if run.several else "Truth in rows, answers in columns; the colour is the share of the row, blue where right. ")
-    return _section("confusions", "Confusions", _note(note, how, "The arrow keys move between cells."),
+    return section("confusions", "Confusions", note(some_of, how, "The arrow keys move between cells."),
                     element("p", said, id="readout", aria_live="polite"),
                     element("div", charts.matrix(matrix, names, order), element("div", lists, class_="halves"),
                             class_="confused" + " fits" * (len(order) <= charts.FITS)))
@@ -437,105 +346,18 @@ def _confidence_section(run, bins):
     curves = [(f"as it is, error {m['ece']:.3f}", bins[0]),
               (f"temperature {m['temperature']:.2f}, error {m['ece_calibrated']:.3f}", bins[1])]
     axes = ("score of a class", "share that hold it") if run.several else ("confidence in the answer given", "share right")
-    question = "Of the clips to which it gives a class 80%, do 80% hold that class?" if run.several else "When it is 80% sure, is it right in 80%?"
+    question = ("Of the clips to which it gives a class 80%, do 80% hold that class?" if run.several else
+                "When it is 80% sure, is it right in 80%?")
     over = "pairs of clip and class" if run.several else "clips"
     after = ("The thresholds of the classes, in the table above, are of scores at that temperature." if run.several else
              "No answer changes by that.")
-    return _section("confidence", "Confidence", element("div", element("figure", charts.reliability("reliability diagram", curves, axes)), element(
+    figure = element("figure", charts.reliability("reliability diagram", curves, axes))
+    return section("confidence", "Confidence", element("div", figure, element(
         "div", element("p", f"{question} On the dashed line it would be so; below, it is too sure of itself, above, too modest. The expected "
                        f"calibration error, the mean distance from that line over all {over}, is {m['ece']:.3f}."),
         element("p", f"Dividing the logits by the temperature {m['temperature']:.2f}, fitted on the validation clips (C. Guo et al., 2017), "
                 f"makes it {m['ece_calibrated']:.3f} on the clips here. {after} The scores below, in predictions.csv and by predict.py are "
                 "at that temperature.")), class_="beside"))
-
-
-# --- clips to listen to ---
-
-def _pictures(examples, patch):
-    """Addresses of the spectrogram and of what mattered on it, for each example; one grey scale for all."""
-    if not examples:
-        return []
-    values = np.concatenate([example.spectrogram.ravel() for example in examples])
-    values = values[np.isfinite(values)]
-    low, high = np.percentile(values, (1, 99.7)) if len(values) else (0, 1)
-    found = []
-    for example in examples:
-        spec, over = example.spectrogram, None
-        if spec.shape[1] > WIDEST:
-            edges = np.linspace(0, spec.shape[1], WIDEST, endpoint=False).astype(int)
-            spec = np.add.reduceat(spec, edges, axis=1) / np.diff([*edges, spec.shape[1]])
-        if example.relevance is not None and example.relevance.max() > 0:
-            size, stride = patch
-            rows, columns = example.relevance.shape
-            margin = (size - stride) / 2  # patches overlap: each is drawn where it is its own
-            (n_mels, frames), style = example.spectrogram.shape, {}
-            style = (f"left:{margin / frames:.2%};width:{stride * columns / frames:.2%};bottom:{margin / n_mels:.2%};"
-                     f"height:{stride * rows / n_mels:.2%}")
-            over = data_address("image/png", colour_png(0.8 * example.relevance / example.relevance.max(), ORANGE)), style
-        found.append((data_address("image/png", grey_png(spec, low, high)), over))
-    return found
-
-
-def _card(run, number, example, picture, sound, here, mel_hz):
-    names, scores = run.names, example.scores
-    order, labels = np.argsort(-scores, kind="stable")[:5], set(example.labels)
-    said = [[", " * bool(at), element("b", _name(names[i])), f" {scores[i]:.0%}"] for at, i in enumerate(
-        sorted(example.said, key=lambda i: -scores[i]))] or [element("b", "nothing reaches its threshold")]
-    right = example.kind == "right" or set(example.said) == labels
-    truth = [[", " * bool(at), _name(names[i]), f" {scores[i]:.0%}"] for at, i in enumerate(example.labels)]
-    said.append(element("span", "right", class_="is-right") if right else element(
-        "span", "labels: " if len(labels) > 1 else "label: ", truth, class_="is-wrong"))
-    image, over = picture
-    seconds = len(example.wave) / example.rate
-    layers = [element("img", src=image, alt=f"spectrogram, {seconds:.1f} s", class_="spec"),
-              element("img", src=over[0], alt=f"the patches that spoke for {clean(names[example.focus])}", class_="over", style=over[1]) if over else None,
-              element("i", class_="head")]
-    link = quote(os.fsencode(os.path.relpath(example.file, here)))
-    link = link if link.startswith("..") else "./" + link
-    player = (element("audio", controls=True, preload="metadata", src=sound, aria_label=f"clip {clean(example.path)}") if sound else
-              element("p", element("a", "open the recording", href=link), class_="note"))
-    bars = [element("li", element("span", _name(plain(names[i], 15)), title=clean(names[i])), element("i", style=f"width:{scores[i]:.1%}", class_="is-label" if i in labels else None),
-                    element("small", f"{scores[i]:.1%}")) for i in order]
-    return element("article", element("h4", said), element("div", _ticks(mel_hz), element("div", layers, class_="picture", data_seconds=f"{seconds:.3f}"),
-                                                           class_="seen"),
-                   element("p", "orange: ", _name(names[example.focus]), class_="note") if run.several and over else None,
-                   player, element("ol", bars, class_="scores"),
-                   element("p", element("a", _name(example.path), href=link), f" {example.start:.1f} to {example.end:.1f} s", class_="file"),
-                   class_="card", id=f"clip{number}")
-
-
-def _ticks(mel_hz):
-    """Frequencies left of a spectrogram."""
-    if mel_hz is None:
-        return None
-    mel_hz = np.asarray(mel_hz, float)
-    ticks = [hz for hz in (250, 1000, 2000, 4000, 8000) if mel_hz[0] <= hz <= mel_hz[-1]]
-    places = (np.interp(ticks, mel_hz, np.arange(len(mel_hz))) + 0.5) / len(mel_hz)
-    return element("div", [element("span", f"{hz / 1000:g}k" if hz >= 1000 else hz, style=f"bottom:{place:.1%}") for hz, place in
-                           zip(ticks, places)], class_="hertz", aria_hidden="true")
-
-
-def _listen_section(run, by_kind, scored, players):
-    """All the cards; the training clips that the model contradicts come first."""
-    groups = []
-    for kind, (title, what) in KINDS.items():
-        what = SEVERAL[kind] if run.several else what
-        if kind == "suspect" and scored[1]:
-            looked = f" {scored[0]:,} of the {scored[1]:,} training clips, drawn at random, were looked at." if scored[0] < scored[1] else (
-                f" All {scored[1]:,} were looked at.")
-            cards = by_kind[kind] or element("p", "None: it answers every one of them as its label does.")
-            groups.append([element("h3", title, id="labels"), _note(what + looked), element("div", cards, class_="cards")])
-        elif by_kind[kind]:
-            groups.append([element("h3", title), _note(what), element("div", by_kind[kind], class_="cards")])
-    if not groups:
-        return None
-    switch = element("label", element("input", type="checkbox", id="mattered", checked=True), " show which patches mattered")
-    return _section("listen", "Listen", _note(
-        "Spectrograms as the model saw them, all on one grey scale. Orange: the patches that spoke for "
-        + ("the class that the clip was chosen for" if run.several else "its answer") + ", by gradient-weighted "
-        "attention rollout (H. Chefer et al., 2021), each clip on a scale of its own. Of a longer recording, the stretch that spoke most "
-        "for it. Blue bar: the label. Sound is MP3 at the model's sample rate, raised to one peak; ", players),
-        element("p", switch, class_="switch"), groups)
 
 
 # --- to do it again ---
@@ -547,7 +369,8 @@ def _settings_section(run, run_dir, command):
         flags = {name: value for name, value in r["flags"].items() if name not in ("run_dir", "resume")}
         words = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={shlex.quote(str(value))}") for name, value in flags.items()
                  if value is not None and value is not False]
-        lines = [f"git checkout {r['commit']}" if r.get("commit") else None, "pip install -r requirements.txt", "python train.py " + " ".join(words)]
+        lines = [f"git checkout {r['commit']}" if r.get("commit") else None, "pip install -r requirements.txt",
+                 "python train.py " + " ".join(words)]
         m, f = r["model"], r["frontend"]
         facts = [("weights", r["weights"]), ("model", ", ".join(f"{key} {value}" for key, value in m.items())),
                  ("front end", ", ".join(f"{key} {value}" for key, value in f.items())),
@@ -555,9 +378,9 @@ def _settings_section(run, run_dir, command):
                  ("precision", r["precision"]), ("machine", f"{r['device']} ({r['device_name']}), {count(r['threads'], 'thread')}, "
                                                 f"{count(r.get('processes', 1), 'process', 'processes')}"),
                  ("versions", f"Python {r['python']}, " + ", ".join(f"{name} {v}" for name, v in r["versions"].items())),
-                 *[("data", note) for note in r.get("data", {}).get("notes", [])]]
+                 *[("data", line) for line in r.get("data", {}).get("notes", [])]]
     lines.append(command)
     facts.append(("run folder", str(run_dir)))
     shown = [element("code", [[element("span", word), " "] for word in line.split(" ")]) for line in lines if line]
-    return _section("again", "Do it again", element("pre", shown),
+    return section("again", "Do it again", element("pre", shown),
                     element("dl", [[element("dt", key), element("dd", value)] for key, value in facts], class_="facts"))

@@ -118,11 +118,13 @@ def count(n, one, many=None):
 def headline(run):
     m, clips = run.metrics, count(run.metrics["n"], CLIPS[run.metrics["split"]])
     low, high = m["accuracy_ci95"]
-    interval = f"95% interval {100 * low:.1f} to {high:.1%}, by bootstrap over the clips. Always giving the most frequent class would be right in {_most_frequent(run):.1%}."
+    interval = (f"95% interval {100 * low:.1f} to {high:.1%}, by bootstrap over the clips. Always giving the most frequent class "
+                f"would be right in {_most_frequent(run):.1%}.")
     if not run.several:
         return f"{m['accuracy']:.1%} of {clips} are named right.", interval
-    hits, said, held = ((part.sum()) for part in (run.said & run.truth, run.said, run.truth))
-    return (f"Of the {count(int(held), 'label')} of {clips} {hits / held:.1%} are found, and {hits / max(1, said):.1%} of the labels given are right.",
+    hits, said, held = (part.sum() for part in (run.said & run.truth, run.said, run.truth))
+    return (f"Of the {count(int(held), 'label')} of {clips} {hits / held:.1%} are found, and {hits / max(1, said):.1%} of the labels "
+            "given are right.",
             f"The class it is surest of is one of the clip's labels in {m['accuracy']:.1%}, {interval}")
 
 
@@ -182,29 +184,34 @@ def findings(run):
     leaks = [note.removeprefix("LEAK: ") for note in notes or [] if note.startswith("LEAK: ")]
     twice = [leak for leak in leaks if "two labels" in leak]
     leaks = [leak for leak in leaks if leak not in twice]
-    check(leaks, "Leakage between the splits: figures may be too good", leaks, "leakage between the splits" if notes is not None else None)
+    check(leaks, "Leakage between the splits: figures may be too good", leaks,
+          "leakage between the splits" if notes is not None else None)
     check(twice, "Equal recordings with two labels", twice)
     check(run.bad_files, f"{count(len(run.bad_files), 'recording')} could not be read and took no part (bad_files.csv)",
           [f"{row['path']}: {row['reason']}" for row in run.bad_files[:5]], "bad files" if run.run else None)
-    check(m["unreadable"], f"{count(m['unreadable'], 'clip')} to judge by could not be read and {'is' if m['unreadable'] == 1 else 'are'} left out")
+    check(m["unreadable"], f"{count(m['unreadable'], 'clip')} to judge by could not be read and "
+          f"{'is' if m['unreadable'] == 1 else 'are'} left out")
 
     support, predicted, hits = (part.sum(axis=0) for part in (run.truth, run.said, run.truth & run.said))
     never = [names[i] for i in np.flatnonzero((predicted == 0) & (support > 0))]
-    check(never, f"{count(len(never), 'class', 'classes')} never given as an answer: {some(never)}", otherwise="classes never predicted")
+    check(never, f"{count(len(never), 'class', 'classes')} never given as an answer: {some(never)}",
+          otherwise="classes never predicted")
     missed = [names[i] for i in np.flatnonzero((hits == 0) & (predicted > 0) & (support > 0))]
     check(missed, f"{count(len(missed), 'class', 'classes')} given as an answer, but never rightly: {some(missed)}")
     empty = [names[i] for i in np.flatnonzero(support == 0)]
     check(empty, f"{count(len(empty), 'class', 'classes')} without a clip to judge by: {some(empty)}")
     low, high = m["accuracy_ci95"]
-    check(low <= _most_frequent(run), "Not surely better than always answering the most frequent class", otherwise="an accuracy no better than guessing")
+    check(low <= _most_frequent(run), "Not surely better than always answering the most frequent class",
+          otherwise="an accuracy no better than guessing")
     if run.best is not None and m["split"] == "test":
         val = run.history["val_acc"][run.best]
         check(not low <= val <= high, f"Validation accuracy ({val:.1%}) lies outside of the test's interval: the two sets differ in kind, "
               "or the best epoch was picked by luck", otherwise="validation and test far apart")
-    check(high - low > 0.15, f"Few clips to judge by: one is worth {1 / m['n']:.1%}, and the interval is {100 * (high - low):.0f} points wide")
+    check(high - low > 0.15, f"Few clips to judge by: one is worth {1 / m['n']:.1%}, and the interval is {100 * (high - low):.0f} "
+          "points wide")
     confidence = float(np.mean([float(clip["confidence"]) for clip in run.clips]))
-    check(not run.several and abs(confidence - m["accuracy"]) > 0.1, f"Its confidence is off: {confidence:.1%} on average, while {m['accuracy']:.1%} are right; see Confidence",
-          otherwise=None if run.several else "misplaced confidence")
+    check(not run.several and abs(confidence - m["accuracy"]) > 0.1, f"Its confidence is off: {confidence:.1%} on average, while "
+          f"{m['accuracy']:.1%} are right; see Confidence", otherwise=None if run.several else "misplaced confidence")
     return odd, absent
 
 
@@ -217,11 +224,13 @@ def _training_findings(run, check):
     for kind in ("diverged", "rollback", "skipped", "unreadable", "memory", "cache", *sorted(set(by_kind) - set(EVENTS))):
         found = by_kind.get(kind, [])
         times = f", {count(len(found), 'time')}" if len(found) > 1 else ""
-        check(found, EVENTS.get(kind, kind) + times, [f"step {event['step']}, epoch {event['epoch']}: {event['detail']}" for event in found[:5]],
+        check(found, EVENTS.get(kind, kind) + times,
+              [f"step {event['step']}, epoch {event['epoch']}: {event['detail']}" for event in found[:5]],
               {"diverged": "divergence", "skipped": "skipped steps"}.get(kind))
     lrs = [run.steps.get(name, np.zeros(0)) for name in ("lr_backbone", "lr_head")]
     both = (lrs[0] > 0) & (lrs[1] > 0) if len(lrs[0]) else np.zeros(0, bool)
     if both.any():
         ratio = lrs[1][both] / lrs[0][both]
         check(not np.allclose(ratio, ratio[-1], rtol=1e-6), f"The ratio of the head's learning rate to the backbone's changes, from "
-              f"{ratio[0]:.3g} to {ratio[-1]:.3g}: one of them was not trained at its own rate", otherwise="a changing ratio of the learning rates")
+              f"{ratio[0]:.3g} to {ratio[-1]:.3g}: one of them was not trained at its own rate",
+              otherwise="a changing ratio of the learning rates")

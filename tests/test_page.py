@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +27,7 @@ from core.run import EVENTS, HISTORY, STEPS
 from data.audio import read as read_audio
 from data.manifest import Manifest
 from evaluate import Evaluation, write_results
-from report import charts, markup, page, verdict
+from report import charts, examples, markup, page, verdict
 from tests.faults.harness import TINY, calm
 
 EVIL = ["<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", "\"'><b>bold</b>&amp;", "طائر", "シジュウカラ",
@@ -96,14 +95,14 @@ class Made:
 
     def _examples(self, rng):
         found, guesses = [], self.scores.argmax(axis=1)
-        chosen = [(kind, row) for kind, row, _ in page.choose(self.scores, self.labels)]
+        chosen = [(kind, row) for kind, row, _ in examples.choose(self.scores, self.labels)]
         for i, (kind, row) in enumerate([("suspect", 3), ("suspect", 4), *chosen]):
             hz = 300 * (1 + i % 8)
             wave = tone(2.0, 22050, hz, seed=i)
             spec = rng.normal(0, 0.4, (128, 87)) + 3 * np.exp(-((np.arange(128) - 12 * (1 + i % 8)) / 4) ** 2)[:, None]
             relevance = np.exp(-((np.arange(12) - 1 - i % 8) / 2) ** 2)[:, None] * rng.random(8)
             sf.write(self.folder / "audio" / f"{row}.wav", wave, 22050)
-            found.append(page.Example(kind, row, self.paths[row], self.folder / "audio" / f"{row}.wav", 12.0, 14.0, [int(self.labels[row])],
+            found.append(examples.Example(kind, row, self.paths[row], self.folder / "audio" / f"{row}.wav", 12.0, 14.0, [int(self.labels[row])],
                                       [int(guesses[row])], int(guesses[row]), self.scores[row], spec.astype(np.float32),
                                       relevance if i % 5 else None, wave, 22050))
         return found
@@ -312,7 +311,7 @@ def test_sound_is_what_the_model_heard(small):
     source = (small.folder / "report.html").read_text(encoding="utf-8")
     sounds = re.findall(r'<audio [^>]*src="data:audio/mpeg;base64,([^"]+)"', source)
     assert len(sounds) == len(small.examples)
-    for sound, example in zip(sounds, sorted(small.examples, key=lambda e: list(page.KINDS).index(e.kind)), strict=True):
+    for sound, example in zip(sounds, sorted(small.examples, key=lambda e: list(examples.KINDS).index(e.kind)), strict=True):
         wave, rate = sf.read(io.BytesIO(base64.b64decode(sound)))
         assert rate == 22050 and abs(len(wave) - len(example.wave)) < 2000 and 0.7 < np.abs(wave).max() < 1.1
         spectrum, want = (np.abs(np.fft.rfft(part[:44100])) for part in (wave, example.wave))
@@ -325,16 +324,16 @@ def test_spectrograms_lie_the_right_way_up_on_one_scale(small):
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)" alt="([^"]+)"', source)
     grey = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data, alt in pictures if alt.startswith("spectrogram")]
     over = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data, alt in pictures if alt.startswith("the patches")]
-    examples = sorted(small.examples, key=lambda e: list(page.KINDS).index(e.kind))
-    assert len(grey) == len(examples) and len(over) == sum(e.relevance is not None for e in examples)
-    for picture, example in zip(grey, examples):
+    shown = sorted(small.examples, key=lambda e: list(examples.KINDS).index(e.kind))
+    assert len(grey) == len(shown) and len(over) == sum(e.relevance is not None for e in shown)
+    for picture, example in zip(grey, shown):
         assert picture.shape == (128, 87)
         assert abs(int(picture[::-1].mean(axis=1).argmax()) - int(example.spectrogram.mean(axis=1).argmax())) <= 1
-    values = np.concatenate([e.spectrogram.ravel() for e in examples])
+    values = np.concatenate([e.spectrogram.ravel() for e in shown])
     shades = np.concatenate([picture[::-1].ravel() for picture in grey]).astype(float)
     low, high = np.percentile(values, (1, 99.7))
     assert np.abs(shades - 255 * np.clip((values - low) / (high - low), 0, 1)).max() < 255 / 31
-    for picture, example in zip(over, [e for e in examples if e.relevance is not None]):
+    for picture, example in zip(over, [e for e in shown if e.relevance is not None]):
         assert np.unravel_index(picture[::-1, :, 3].argmax(), (12, 8)) == np.unravel_index(example.relevance.argmax(), (12, 8))
 
 
@@ -351,7 +350,7 @@ def test_which_clips_are_chosen():
     rng = np.random.default_rng(0)
     scores = rng.dirichlet(np.ones(5), 300)
     labels = np.where(rng.random(300) < 0.5, scores.argmax(axis=1), rng.integers(0, 5, 300))
-    found = page.choose(scores, labels)
+    found = examples.choose(scores, labels)
     assert len({i for _, i, _ in found}) == len(found) and all(focus == scores[i].argmax() for _, i, focus in found)
     by_kind = {kind: [i for k, i, _ in found if k == kind] for kind in ("wrong", "uncertain", "right")}
     assert [len(by_kind[kind]) for kind in by_kind] == [10, 6, 5]  # right ones: of different classes, of which there are 5
@@ -363,9 +362,9 @@ def test_which_clips_are_chosen():
     torn = np.sort(scores, axis=1)[:, -1] - np.sort(scores, axis=1)[:, -2]
     assert set(by_kind["uncertain"]) <= set(np.argsort(torn)[:16].tolist())
     assert len({labels[i] for i in by_kind["right"]}) == 5 and all(labels[i] == guesses[i] for i in by_kind["right"])
-    suspects = [i for _, i, _ in page.choose(scores, labels, ("suspect",))]
+    suspects = [i for _, i, _ in examples.choose(scores, labels, ("suspect",))]
     assert suspects == [int(i) for i in np.argsort(-(scores.max(axis=1) - scores[np.arange(300), labels]))[:12]]
-    assert page.choose(np.eye(3), np.arange(3), ("wrong", "suspect")) == []  # nothing wrong
+    assert examples.choose(np.eye(3), np.arange(3), ("wrong", "suspect")) == []  # nothing wrong
 
 
 def test_which_clips_of_several_labels_are_chosen():
@@ -383,9 +382,9 @@ def test_which_clips_of_several_labels_are_chosen():
         distances[i] = min(abs(scores[i, c] - thresholds[c]) for c in known)
         if wrong:
             errors[i] = max(wrong.items(), key=lambda item: item[1])
-    found = page.choose(scores, labels, thresholds=thresholds)
-    by_kind = {kind: [(i, focus) for k, i, focus in found if k == kind] for kind in page.OF_TEST}
-    assert [len(by_kind[kind]) for kind in page.OF_TEST] == [10, 6, 4] and len({i for _, i, _ in found}) == 20
+    found = examples.choose(scores, labels, thresholds=thresholds)
+    by_kind = {kind: [(i, focus) for k, i, focus in found if k == kind] for kind in examples.OF_TEST}
+    assert [len(by_kind[kind]) for kind in examples.OF_TEST] == [10, 6, 4] and len({i for _, i, _ in found}) == 20
     assert all(errors[i][0] == focus for i, focus in by_kind["wrong"])
     values = [errors[i][1] for i, _ in by_kind["wrong"]]
     assert values == sorted(values, reverse=True) and values[0] == max(value for _, value in errors.values())
@@ -393,7 +392,7 @@ def test_which_clips_of_several_labels_are_chosen():
     assert max(map(kinds.count, kinds)) == 2  # of misses of one class, of false alarms of one class
     assert {i for i, _ in by_kind["uncertain"]} <= set(sorted(distances, key=distances.get)[:16])
     assert not any(i in errors for i, _ in by_kind["right"]) and sorted(focus for _, focus in by_kind["right"]) == [0, 1, 2, 3]
-    suspects = [(i, focus) for _, i, focus in page.choose(scores, labels, ("suspect",), thresholds)]
+    suspects = [(i, focus) for _, i, focus in examples.choose(scores, labels, ("suspect",), thresholds)]
     assert suspects == [(i, errors[i][0]) for i in sorted(errors, key=lambda i: -errors[i][1])[:12]]
 
 
