@@ -1,4 +1,7 @@
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the cores are shared with the other workers
 import sys
 from pathlib import Path
 
