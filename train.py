@@ -70,6 +70,7 @@ RECIPES = {
 # Flags that may differ when a run is resumed: they change where and how fast it runs, not what comes out.
 FREE_ON_RESUME = {"resume", "run_dir", "workers", "device", "tensorboard", "eval_batch_size", "save_every", "max_skips",
                   "on_divergence", "max_bad_share", "cache_dir"}
+FEW_STEPS = 10  # an epoch, below which the run says so
 ROLLBACK_FACTOR, MOST_ROLLBACKS = 0.5, 5
 
 
@@ -485,7 +486,9 @@ def main(argv=None):
         compile_model(t, args.batch_size, samples, args.compile == "graphs")
     micro_batches = args.effective_batch // args.batch_size
     print(f"step: {micro_batches} x {args.batch_size} = {args.effective_batch} clips, "
-          f"{steps_per_epoch} steps an epoch, {warmup_steps} of {total_steps} steps warm-up, then {args.schedule}")
+          f"{steps_per_epoch} step{'s' * (steps_per_epoch != 1)} an epoch, {warmup_steps} of {total_steps} steps warm-up, then {args.schedule}")
+    if steps_per_epoch < FEW_STEPS and micro_batches > 1:
+        print(f"  few steps: with so few clips give --effective-batch {args.batch_size}, or --recipe best")
     if micro_batches < ranks.size:
         print(f"  {ranks.size} processes share {micro_batches} micro-batches a step, some wait: lower --batch-size or raise "
               "--effective-batch")

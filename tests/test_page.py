@@ -579,6 +579,9 @@ def test_in_a_browser(browser, request, size, width):
     wide = js("[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1 && "
               "!e.closest('.scroll, .matrix, .picture')).map(e => e.outerHTML.slice(0, 80))")
     assert wide == []
+    words = js("[...document.querySelectorAll('pre span')].map(e => { const text = document.createRange(); text.selectNodeContents(e); "
+               "const r = text.getBoundingClientRect(); return [r.top, r.left, r.right]; })")
+    assert len(words) > 10 and all(b[0] > a[0] or b[1] >= a[2] - 1 for a, b in zip(words, words[1:]))  # none over another
 
     # the table, by recall: rising at the second press, undefined at the end
     head = "document.querySelectorAll('thead button')[1]"
