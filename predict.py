@@ -35,6 +35,7 @@ from data.manifest import DataError
 from data.scan import printable, write_bad_files
 from data.stream import Windows, find_recordings, look, number_groups, window_batches
 from evaluate import INPUT_ERRORS, calibration_of, fail, find_checkpoint, multi_label_of, restore, window_scores
+from report.style import count
 from report.tracks import label_track, labelled, selection_table, window_lines, window_rows
 
 FORMATS = ("csv", "jsonl", "raven", "audacity")
@@ -45,7 +46,8 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(prog="predict.py", description=__doc__.split("\n")[0], epilog="""
         windows.csv has a line for each window and class that was kept (path, start and end in seconds, label, score), with
         an empty label where no class reaches its threshold; files.csv the same for each recording as a whole (the mean of its
-        windows, calibrated as one clip is); bad_files.csv what could not be read and why. Windows are never merged: a call
+        windows, calibrated as one clip is), classes.csv in how many windows of a recording each class was kept, its highest score and
+        where; bad_files.csv what could not be read and why. Windows are never merged: a call
         that goes on over three windows is three lines. A run that was stopped, by whatever, is continued by the same command:
         what is done is not done again, a recording that has changed is.""")
     parser.error = lambda message: sys.exit(fail(f"{message} (see --help)"))
@@ -272,8 +274,9 @@ def own_file(out, name, recording):
 def write_tables(out, recordings, names, classes, config):
     """Put the parts of the recordings together in the formats called `names` -> what was written."""
     with contextlib.ExitStack() as stack:
-        files = csv.writer(stack.enter_context(replacing(out / "files.csv")))
+        files, counts = (csv.writer(stack.enter_context(replacing(out / name))) for name in ("files.csv", "classes.csv"))
         files.writerow("path seconds windows label score".split())
+        counts.writerow("path label windows highest at".split())
         together = {name: stack.enter_context(replacing(out / f"windows.{name}")) for name in names if name in ("csv", "jsonl")}
         if "csv" in together:
             csv.writer(together["csv"]).writerow("path start end label score".split())
@@ -290,11 +293,17 @@ def write_tables(out, recordings, names, classes, config):
                 head = json.loads(part.readline())
                 for label, score in labelled(head["scores"], classes) or [("", "")]:
                     files.writerow([recording.path, f"{recording.info.seconds:.3f}", head["windows"], label, score])
+                heard = {}  # class -> [windows, highest score, start of that window]
                 for line in part:
                     start, end, found = json.loads(line)
                     for write in writers:
                         write(start / config.sample_rate, end / config.sample_rate, labelled(found, classes))
-    return ["files.csv", *(f"windows.{name}" for name in together), *(f"{name}/" for name in names if name in SUFFIXES)]
+                    for i, score in found:
+                        n, highest, at = heard.get(i, (0, -1.0, 0))
+                        heard[i] = (n + 1, score, start) if score > highest else (n + 1, highest, at)
+                counts.writerows([recording.path, classes[i], n, f"{highest:.6f}", f"{at / config.sample_rate:.3f}"]
+                                 for i, (n, highest, at) in sorted(heard.items(), key=lambda item: -item[1][0]))
+    return ["files.csv", "classes.csv", *(f"windows.{name}" for name in together), *(f"{name}/" for name in names if name in SUFFIXES)]
 
 
 def unfinished(parts, recordings, groups, embeddings):
@@ -353,7 +362,7 @@ def main(argv=None):
     readable = [recording for recording in recordings if recording.reason is None]
     groups = number_groups([recording.windows for recording in readable], args.batch_size)
     todo, before = unfinished(out / "parts", readable, groups, args.embeddings)
-    print(f"data: {len(recordings)} recordings, {sum(r.info.seconds for r in readable) / 3600:.2f} h"
+    print(f"data: {count(len(recordings), 'recording')}, {sum(r.info.seconds for r in readable) / 3600:.2f} h"
           + f"; {before} were done before" * bool(before))
 
     def new_part(recording):
@@ -381,7 +390,7 @@ def main(argv=None):
     if not good:
         raise DataError(f"{args.inputs[0]}: none of the {len(recordings)} recordings can be read; {out}/bad_files.csv says why")
     done = [recording.info.seconds for recording, _ in todo if recording.reason is None]
-    print(f"predicted: {len(done)} recordings, {windows} windows, {sum(done):.0f} s of audio in {duration(took)}"
+    print(f"predicted: {count(len(done), 'recording')}, {count(windows, 'window')}, {sum(done):.0f} s of audio in {duration(took)}"
           + f", {sum(done) / took:.0f} times real time" * bool(done))
     print(f"written: {out}/{', '.join(written)}" + f"; {len(bad)} recordings could not be read, see bad_files.csv" * bool(bad))
 

@@ -17,8 +17,8 @@ import numpy as np
 from . import charts
 from .examples import KINDS, card_of, listen_section, pictures_of
 from .markup import Markup, bdi, clean, data_address, data_block, element, mp3, note, section
-from .style import plain
-from .verdict import CLIPS, count, findings, headline, read_run, some, training, wilson
+from .style import count, plain
+from .verdict import CLIPS, findings, headline, read_run, some, training, wilson
 
 CAP = 8 << 20  # bytes of a page: sound that would go beyond is linked instead
 NONE = "(none)"  # of a miss where nothing else is said, or of what is said where nothing is missed

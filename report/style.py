@@ -80,6 +80,11 @@ def legible(text):
     return all(any(font.get_char_index(ord(c)) for font in fonts) for c in text)
 
 
+def count(n, one, many=None):
+    """'1 clip', '2,000 clips'"""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
 def plain(text, longest=32):
     """`text` on one line, unprintable characters as `?`, cut in the middle past `longest`:
     the start and the end of a class or file name tell more than its middle."""

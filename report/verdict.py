@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .markup import clean
+from .style import count
 
 CLIPS = {"test": "test clip", "val": "validation clip", "train": "training clip", "all": "clip"}  # what a split's are called
 MONITORS = {"val_acc": "validation accuracy", "val_macro_f1": "validation macro-F1", "val_map": "validation mAP",
@@ -109,10 +110,6 @@ def some(names, most=MANY):
     """'a, b and 3 more'"""
     names = [clean(name) for name in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
-
-
-def count(n, one, many=None):
-    return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
 def headline(run):

@@ -158,6 +158,13 @@ def test_windows_and_embeddings_by_hand(ckpt, recordings, tmp_path):
     calibrated = changed(ckpt, tmp_path / "c.pt", calibration={"temperature": temperature, "thresholds": thresholds})
     classes = load_checkpoint(ckpt)["classes"]
     run(calibrated, tmp_path / "p", recordings, "--hop", 0.4, "--top-k", 2, "--embeddings", "--batch-size", 4)
+    heard = {}
+    for row in rows(tmp_path / "p" / "windows.csv"):
+        if row["label"]:
+            heard.setdefault((row["path"], row["label"]), []).append((row["score"], row["start"]))
+    told = {(row["path"], row["label"]): (int(row["windows"]), row["highest"], row["at"]) for row in rows(tmp_path / "p" / "classes.csv")}
+    best = {key: max(found, key=lambda one: float(one[0])) for key, found in heard.items()}
+    assert told == {key: (len(found), *best[key]) for key, found in heard.items()} and len(told) > 10
     table, files, empty, several = rows(tmp_path / "p" / "windows.csv"), rows(tmp_path / "p" / "files.csv"), 0, 0
     assert list(dict.fromkeys(row["path"] for row in table)) == paths
     for path, (starts, ends, p, features) in hands.items():
@@ -293,7 +300,7 @@ def test_a_file_that_could_not_be_read_for_a_while_is_tried_again(ckpt, tmp_path
         run(ckpt, tmp_path / "p", tmp_path)
         assert len(rows(tmp_path / "p" / "bad_files.csv")) == bad
         assert ("a.flac" in (tmp_path / "p" / "files.csv").read_text()) != bool(bad)
-    done = re.findall(r"predicted: (\d+) recordings", capsys.readouterr().out)
+    done = re.findall(r"predicted: (\d+) recordings?", capsys.readouterr().out)
     assert done == ["1", "0", "2"]  # they share a group
 
 
@@ -331,8 +338,8 @@ def test_a_bare_name_is_the_newest_runs(ckpt, recordings, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     run("best.pt", "predictions", recordings / "low" / "1.wav")
     out = capsys.readouterr().out
-    assert "runs/a/best.pt" in out and re.search(r"1 recordings, 3 windows, 3 s of audio in .*, \d+ times real time", out)
-    assert "written: predictions/files.csv, windows.csv" in out
+    assert "runs/a/best.pt" in out and re.search(r"1 recording, 3 windows, 3 s of audio in .*, \d+ times real time", out)
+    assert "written: predictions/files.csv, classes.csv, windows.csv" in out
 
 
 def test_help_names_every_flag(capsys):
@@ -385,7 +392,7 @@ def test_stopped_in_every_way_it_ends_with_the_bytes_of_a_run_that_was_not(ckpt,
         assert signum == signal.SIGKILL or not [name for name in found if name.endswith(".tmp")]
     kept = {path: path.stat().st_mtime_ns for path in (out / "parts").glob("*.jsonl")}
     done = subprocess.run(command(ckpt, out, many, *FLAGS), check=True, capture_output=True, text=True, env=ENV)
-    again = int(re.search(r"predicted: (\d+) recordings", done.stdout)[1])
+    again = int(re.search(r"predicted: (\d+) recordings?", done.stdout)[1])
     assert 201 - before <= again <= 201 - before + 8 * 3  # at most a group's windows are done twice
     assert sum(path.stat().st_mtime_ns == time for path, time in kept.items()) == 201 - again
     found = everything(out)
@@ -428,7 +435,7 @@ def test_a_recording_that_changed_is_done_again(ckpt, tmp_path, capsys):
     assert [os.path.basename(row["path"]) for row in after] == [f"{i:02d}.wav" for i in range(61) if i != 59]
     differ = [row["path"] for row, old in zip(after[:59], before) if row != old]
     assert [os.path.basename(path) for path in differ] == ["07.wav"]
-    again = int(re.search(r"predicted: (\d+) recordings", capsys.readouterr().out)[1])
+    again = int(re.search(r"predicted: (\d+) recordings?", capsys.readouterr().out)[1])
     assert again in (12, 20)  # one or two groups of 8, and the last, of 4
 
 
