@@ -22,6 +22,7 @@ from data.clips import Clips, evaluation_batches
 from data.manifest import load_manifest
 from data.scan import scan
 from losses import CrossEntropy
+from model.ast import AST, ASTConfig
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
 
@@ -160,6 +161,17 @@ def test_two_processes_make_the_run_of_one(one, tones, tmp_path):
     done = torchrun(2, "train.py", "--data", tones, *TINY, "--run-dir", "run", cwd=tmp_path)
     assert "2 processes" in done.stdout and done.stdout.count("test: 8 clips") == 1  # one of them speaks
     assert like(outcome(tmp_path / "run"), one)
+
+
+def test_weights_with_a_grid_of_their_own_reach_all_processes(tones, tmp_path):
+    """One process reads them; the others' position grid takes on the same shape before it is shared."""
+    model = AST(ASTConfig(5, dim=16, depth=1, heads=2, time_patches=9))
+    torch.save({f"module.{name}": value for name, value in model.state_dict().items()}, tmp_path / "other.pth")
+    flags = ["--data", tones, *TINY, "--epochs", "1", "--freeze-epochs", "0", "--weights", tmp_path / "other.pth"]
+    torchrun(1, "train.py", *flags, "--run-dir", "one", cwd=tmp_path)
+    assert "grid 12x9 instead of 12x101" in torchrun(2, "train.py", *flags, "--run-dir", "two", cwd=tmp_path).stdout
+    assert like(outcome(tmp_path / "two"), outcome(tmp_path / "one"))
+    assert load_checkpoint(tmp_path / "two" / "best.pt")["model"]["pos_embed"].shape == (1, 2 + 12 * 9, 16)
 
 
 def test_a_wrong_flag_is_said_once_and_ends_all(tones, tmp_path):
