@@ -716,6 +716,7 @@ def main(argv=None):
     if ranks.first:
         print(write_heard(loader, progress.epoch, run_dir / "heard.csv"))
         metrics = write_results(run_dir / "test", result, manifest, manifest.classes, "test", fitted)
+        stop.armed = False  # nothing is left to save: a signal ends the page at once
         print("\n".join(result_lines(metrics)))
         print(write_report(run_dir / "report.html", run_dir / "best.pt", fitted, progress.best_epoch, run_dir / "test", result, model,
                            frontend, clips, t.loss_fn, precision, args.eval_batch_size))
