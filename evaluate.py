@@ -145,9 +145,9 @@ def write_results(folder, result, manifest, classes, split, calibration):
         out.writerow("path start end label prediction confidence top5".split())
         for i, (row, order, scores) in enumerate(zip(result.rows, best, tempered, strict=True)):
             end = manifest.end[row]
-            prediction = "; ".join(classes[c] for c in np.flatnonzero(said[i])) if several else classes[order[0]]
+            answers = [c for c in order if said[i, c]] + [c for c in np.flatnonzero(said[i]) if c not in order] if several else order[:1]
             out.writerow([manifest.paths[row], f"{manifest.start[row]:g}", "" if np.isnan(end) else f"{end:g}",
-                          manifest.label_text(row), prediction, f"{scores[order[0]]:.6f}",
+                          manifest.label_text(row), "; ".join(classes[c] for c in answers), f"{scores[[*answers, order[0]][0]]:.6f}",
                           "; ".join(f"{classes[i]} {scores[i]:.4f}" for i in order)])
     with open(folder / "per_class.csv", "w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
@@ -178,7 +178,7 @@ def result_lines(metrics):
     lines.append(f"  calibration error  {metrics['ece']:.3f}, {metrics['ece_calibrated']:.3f} at temperature "
                  f"{metrics['temperature']:.2f} (fitted on validation)")
     thirds = {name: metrics.get(f"recall_{name}") for name in ("head", "middle", "tail")}
-    if thirds["head"] is not None:
+    if any(value is not None for value in thirds.values()):
         lines.append("  recall of classes  " + ", ".join(
             f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in thirds.items())
             + "   (thirds by number of training clips)")
@@ -192,17 +192,20 @@ def write_report(out, checkpoint, calibration, epoch, folder, result, model, fro
     gives for it, and the epoch that its weights are of; options: words for evaluate.py to do it again."""
     manifest, rows = clips.manifest, clips.manifest.rows("train")
     split = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["split"]
-    parts, scored = [(result, ("suspect", "uncertain", "right") if split == "train" else examples.OF_TEST)], 0
+    parts, scored = [(result, ("suspect", "uncertain", "right") if split == "train" else examples.OF_TEST)], (0, len(rows), 0)
     trained = result if split == "train" else score_some(np.random.default_rng(0).permutation(rows)[:SUSPECT_CLIPS], model, frontend,
                                                          clips, loss_fn, precision, batch_size)
     if trained is not None:
-        scored = len(trained.rows)
+        said = examples.answers(temper(trained.scores, calibration["temperature"], manifest.multi_label), trained.labels,
+                                calibration["thresholds"])
+        truth = examples.answers(manifest.targets(trained.rows), trained.labels, 0.5)
+        scored = len(trained.rows), len(rows), int((said != truth).any(axis=1).sum())
         parts = parts if trained is result else [(trained, ("suspect",)), *parts]
     shown = [example for part, kinds in parts for example in examples_of(kinds, part, calibration, model, frontend, clips, precision)]
     tempered = temper(result.scores, calibration["temperature"], manifest.multi_label)
     bins = [reliability(scores, result.labels)[0] for scores in (result.scores, tempered)]
     try:
-        page.write_page(out, checkpoint.parent, folder, shown, bins, (scored, len(rows)), manifest.root, frontend.mel_hz.numpy(),
+        page.write_page(out, checkpoint.parent, folder, shown, bins, scored, manifest.root, frontend.mel_hz.numpy(),
                         (model.config.patch, model.config.stride), epoch,
                         shlex.join(["python", "evaluate.py", "--ckpt", str(checkpoint), *options]))
     except OSError as error:
@@ -324,8 +327,10 @@ def find_checkpoint(name):
         return path
     found = newest_run("runs", name)
     if found is None:
-        raise CheckpointError(f"--ckpt {name}: no such file here, and no run under runs/ has one; train first "
-                              "(python train.py) or give a path")
+        newest = newest_run("runs", "last.pt")
+        mend = "train first (python train.py) or give a path" if newest is None else (
+            f"the newest, {newest.parent}, has {', '.join(sorted(p.name for p in newest.parent.glob('*.pt')))}")
+        raise CheckpointError(f"--ckpt {name}: no such file here, and no run under runs/ has one; {mend}")
     return found
 
 

@@ -49,7 +49,7 @@ def parse(argv=None):
         windows, calibrated as one clip is), classes.csv in how many windows of a recording each class was kept, its highest score and
         where; bad_files.csv what could not be read and why. Windows are never merged: a call
         that goes on over three windows is three lines. A run that was stopped, by whatever, is continued by the same command:
-        what is done is not done again, a recording that has changed is.""")
+        what is done is not done again, a recording that has changed is; parts/ is there for that.""")
     parser.error = lambda message: sys.exit(fail(f"{message} (see --help)"))
     parser.add_argument("inputs", nargs="+", metavar="FILES_OR_FOLDERS", help="recordings, and folders with recordings "
                         "anywhere below")
@@ -60,8 +60,8 @@ def parse(argv=None):
         "one is moved back to end with the recording)")
     add("--threshold", type=float, help="score from which on a class counts (default: the checkpoint's for each class, 0.5 "
         "where it has none)")
-    add("--top-k", type=int, help="at most so many classes for a window, the best of those that count (default: 1, all where "
-        "clips may have several labels)")
+    add("--top-k", type=int, help="so many classes of a window, the best, are asked whether they reach their threshold (default: 1, "
+        "all where clips may have several labels)")
     add("--format", type=formats, default=["csv"], help=f"{', '.join(FORMATS)} or several with commas between (default: csv); "
         "jsonl: a line for each window; raven, audacity: a selection table or label track for each recording")
     add("--embeddings", action="store_true", help="write the model's features of each window, too: an .npz for each recording "
@@ -92,11 +92,11 @@ def formats(text):
 # --- what a window or a recording gets ---
 
 def kept(probabilities, temperature, multi_label, thresholds, top_k):
-    """(classes,) probabilities as the model gives them -> [[class, calibrated score]] of the best `top_k` of those whose score
-    reaches their threshold, best first."""
+    """(classes,) probabilities as the model gives them -> [[class, calibrated score]] of those of the best `top_k` whose score
+    reaches their threshold, best first: where a clip has one label, the second best is no answer because the best is unsure."""
     scores = temper(probabilities[None], temperature, multi_label)[0]
     order = np.argsort(-scores, kind="stable")
-    return [[int(i), round(float(scores[i]), 6)] for i in order[scores[order] >= thresholds[order]][:top_k]]
+    return [[int(i), round(float(scores[i]), 6)] for i in order[:top_k] if scores[i] >= thresholds[i]]
 
 
 class Part:
@@ -236,8 +236,8 @@ def settle(out, stored, settings):
         return
     for name, value in settings.items():
         if stored.get(name) != value:
-            raise RunError(f"--out {out}: holds predictions with {name} {stored.get(name)}, this would be {value}; give another "
-                           "--out")
+            what = "of another checkpoint" if name == "checkpoint" else f"with {name} {stored.get(name)}, not {value}"
+            raise RunError(f"--out {out}: holds predictions {what}; give another --out, or remove that folder")
 
 
 def put_together(out, recordings, names, embeddings, classes, config):
@@ -273,6 +273,7 @@ def own_file(out, name, recording):
 
 def write_tables(out, recordings, names, classes, config):
     """Put the parts of the recordings together in the formats called `names` -> what was written."""
+    empty = total = 0
     with contextlib.ExitStack() as stack:
         files, counts = (csv.writer(stack.enter_context(replacing(out / name))) for name in ("files.csv", "classes.csv"))
         files.writerow("path seconds windows label score".split())
@@ -298,11 +299,14 @@ def write_tables(out, recordings, names, classes, config):
                     start, end, found = json.loads(line)
                     for write in writers:
                         write(start / config.sample_rate, end / config.sample_rate, labelled(found, classes))
+                    empty, total = empty + (not found), total + 1
                     for i, score in found:
                         n, highest, at = heard.get(i, (0, -1.0, 0))
                         heard[i] = (n + 1, score, start) if score > highest else (n + 1, highest, at)
                 counts.writerows([recording.path, classes[i], n, f"{highest:.6f}", f"{at / config.sample_rate:.3f}"]
                                  for i, (n, highest, at) in sorted(heard.items(), key=lambda item: -item[1][0]))
+    if empty:
+        print(f"  {empty} of {total} windows have no class that reaches its threshold; --threshold 0 gives each its best")
     return ["files.csv", "classes.csv", *(f"windows.{name}" for name in together), *(f"{name}/" for name in names if name in SUFFIXES)]
 
 

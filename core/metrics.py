@@ -111,10 +111,13 @@ def recall_by_frequency(scores, labels, train_counts, said=None):
     (tail; Z. Liu et al., "Large-Scale Long-Tailed Recognition", 2019, with thirds for fixed bounds).
 
     scores (n, C), labels (n,), train_counts (C,). Classes without clips in the labels do not count.
-    Returns {"recall_head", "recall_middle", "recall_tail"}; a third without clips is None.
+    Returns {"recall_head", "recall_middle", "recall_tail"}; a third without clips is None. Of classes that all have the same
+    number of training clips none is frequent: then {}.
     """
     scores, labels = _checked(scores, labels)
     recall = np.array([row["recall"] for row in per_class(scores, labels, scores.shape[1], said)])
+    if len(set(np.asarray(train_counts).tolist())) == 1:
+        return {}
     thirds = np.array_split(np.argsort(-np.asarray(train_counts), kind="stable"), 3)
     means = {}
     for name, classes in zip(("head", "middle", "tail"), thirds, strict=True):

@@ -317,16 +317,16 @@ def _from_table(table, audio_dir, known):
     notes = joined + notes
     fields = {role: [row[i] if role == "path" else row[i].strip() for row in rows] for role, i in columns.items()}
     for role, (parse, wanted) in PARSERS.items():
-        for i, field in enumerate(fields.get(role, ())):
+        for i, text in enumerate(fields.get(role, ())):
             try:
-                fields[role][i] = parse(field)
+                fields[role][i] = parse(text)
             except (KeyError, ValueError):
-                raise DataError(f"{table} row {numbers[i]}: {header[columns[role]]} is {field!r}; make it "
+                raise DataError(f"{table} row {numbers[i]}: {header[columns[role]]} is {text!r}; make it "
                                 f"{wanted}") from None
     for role in ("label", "secondary label"):
         is_list = role in columns and re.sub(r"[ -]", "_", header[columns[role]].lower()) in LISTS
-        names = {field: _names(field, is_list) for field in {*fields.get(role, [""])}}  # one tuple a cell's text, not a row
-        fields[role] = [names[field] for field in fields.get(role, [""] * len(rows))]
+        names = {text: _names(text, is_list) for text in {*fields.get(role, [""])}}  # one tuple a cell's text, not a row
+        fields[role] = [names[text] for text in fields.get(role, [""] * len(rows))]
     if () in fields["label"]:
         i = fields["label"].index(())
         raise DataError(f"{table} row {numbers[i]}: {header[columns['label']]} is {rows[i][columns['label']].strip()!r}; make it "

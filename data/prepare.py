@@ -42,7 +42,7 @@ def prepare(data, audio_dir=None, fold=None, min_clips=1, max_bad_share=0.05, ho
     bad = [(manifest.paths[row], reason) for row, reason in sorted(seen.reasons.items())]
     if len(bad) > max_bad_share * len(manifest):
         raise DataError(f"--data {data}: {len(bad)} of {len(manifest)} clips cannot be read, more than --max-bad-share "
-                        f"{max_bad_share:g}; the first: {bad[0][0]}: {bad[0][1]}; mend or remove them")
+                        f"{max_bad_share:g}; the first: {bad[0][0]}: {bad[0][1]}; mend or remove them, or raise --max-bad-share")
     manifest.duration = seen.duration
     twins = np.full(len(manifest), -1, np.int32)
     for number, rows in enumerate(seen.duplicates):
@@ -57,6 +57,7 @@ def prepare(data, audio_dir=None, fold=None, min_clips=1, max_bad_share=0.05, ho
     order = np.argsort(twins, kind="stable")[np.count_nonzero(twins < 0):]  # sets of twins, one after the other
     duplicates = [rows.tolist() for rows in np.split(order, np.flatnonzero(np.diff(twins[order])) + 1) if len(rows)]
     notes = assign_splits(manifest, duplicates, seed=seed, fold=fold)
+    notes += _without_several(manifest)
     notes += [f"LEAK: {line}" for line in audit(manifest, duplicates)]
     manifest.notes += notes
     _say(say, None, notes)
@@ -64,6 +65,17 @@ def prepare(data, audio_dir=None, fold=None, min_clips=1, max_bad_share=0.05, ho
         if len(manifest.rows(split)) == 0:
             raise DataError(f"--data {data}: no clip is left for {split}; give more recordings, or a split column")
     return manifest, bad
+
+
+def _without_several(manifest):
+    """A line where clips with several labels are missing in a split."""
+    if not manifest.multi_label:
+        return []
+    several = {split: sum(len(manifest.label_sets[i][0]) > 1 for i in manifest.label_set[manifest.rows(split)].tolist())
+               for split in ("train", "val", "test")}
+    missing = [split for split, n in several.items() if n == 0]
+    return [f"no clip with several labels in {', '.join(missing)}: the figures there say nothing of such clips"] if (
+        missing and any(several.values())) else []
 
 
 def noise_recordings(folder, cache_dir=None):

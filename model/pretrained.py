@@ -122,7 +122,7 @@ def _fit(key, tensors, own, config, report, source):
             return fit_positions(value, (side, side), config.grid)
         if patches > 0 and patches % rows == 0:
             report.columns = patches // rows
-            report.fitted[key] = f"grid {rows}x{report.columns} instead of {rows}x{columns}, fitted to the input's length"
+            report.fitted[key] = f"the weights' own grid {rows}x{report.columns}, not {rows}x{columns}; fitted to the input's length"
             return value
     if key == "patch_embed.weight" and image:
         report.fitted[key] = "RGB kernel summed to one channel"

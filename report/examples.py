@@ -11,15 +11,14 @@ from .style import plain
 
 KINDS = {  # of example: title, what it is
     "suspect": ("Training clips most confidently wrong", "Clips the model was trained on and still names otherwise, by how much more "
-                "it believes in its answer than in the label (the margin of C. Northcutt et al., “Confident Learning”, 2021). Often "
-                "the label is what is wrong."),
+                "it believes in its answer than in the label (the margin of C. Northcutt et al., “Confident Learning”, 2021)."),
     "wrong": ("The worst mistakes", "By how much more it believes in its answer than in the truth; at most two of one confusion."),
     "uncertain": ("The most uncertain", "The two best scores lie closest together."),
     "right": ("Some right ones", "Of different classes, the surest of each."),
 }
 SEVERAL = {  # the same where clips may have several labels
     "suspect": "Clips the model was trained on and still answers otherwise, the surest at first: by the score of a class that the clip "
-               "does not have, or by how little it gives to one that it has. Often the label is what is wrong.",
+               "does not have, or by how little it gives to one that it has.",
     "wrong": "A class said that the clip does not have, or one missed that it has, the surest at first; at most two of one kind.",
     "uncertain": "The score of a class lies closest to its threshold.",
     "right": "Each label said and nothing else, the surest of each class.",
@@ -166,10 +165,13 @@ def listen_section(run, by_kind, scored, players):
     for kind, (title, what) in KINDS.items():
         what = SEVERAL[kind] if run.several else what
         if kind == "suspect" and scored[1]:
-            looked = f" {scored[0]:,} of the {scored[1]:,} training clips, drawn at random, were looked at." if scored[0] < scored[1] else (
-                f" All {scored[1]:,} were looked at.")
+            looked, of, against = scored
+            said = f" {looked:,} of the {of:,} training clips, drawn at random, were looked at" if looked < of else f" All {of:,} were looked at"
+            if against:
+                said += f", {against:,} of them it answers otherwise: " + ("often the label is what is wrong" if against <= looked / 10 else
+                                                                           "with so many, most are mistakes of its own")
             cards = by_kind[kind] or element("p", "None: it answers every one of them as its label does.")
-            groups.append([element("h3", title, id="labels"), note(what + looked), element("div", cards, class_="cards")])
+            groups.append([element("h3", title, id="labels"), note(what + said + "."), element("div", cards, class_="cards")])
         elif by_kind[kind]:
             groups.append([element("h3", title), note(what), element("div", by_kind[kind], class_="cards")])
     if not groups:

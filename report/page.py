@@ -26,13 +26,14 @@ PER_CELL, ALL_CELLS = 50, 20_000  # clips that the confusion matrix lists: of on
 MATRIX = 120  # classes that are drawn
 
 
-def write_page(out, run_dir, results, examples=(), bins=None, scored=(0, 0), root=None, mel_hz=None, patch=(16, 10), epoch=None,
+def write_page(out, run_dir, results, examples=(), bins=None, scored=(0, 0, 0), root=None, mel_hz=None, patch=(16, 10), epoch=None,
                command="", cap=CAP):
     """Write the page to `out`, at most `cap` bytes but for what cannot be left out.
 
     run_dir: the folder with run.json, history.csv and so on, any of which may be missing. results: the folder of
     metrics.json, scores.npz and so on. examples: [Example]. bins: two lists of (confidence, share right, clips), before and
-    after temperature scaling. scored: how many training clips were scored in search of suspects, of how many. root: folder
+    after temperature scaling. scored: how many training clips were scored in search of suspects, of how many, and how many
+    of them the answer contradicts. root: folder
     that the clips' paths are relative to. mel_hz: (n_mels,) centres. patch: (size, stride) of the model's patches. epoch:
     that the judged weights are of. command: the line that evaluates again.
     """
@@ -234,7 +235,12 @@ def _number(value):
 
 def _thirds(run, hits, support):
     """Recall of the frequent, the middling and the rare classes, and of each over its training clips."""
-    if run.train_counts is None or run.metrics.get("recall_head", False) is False:
+    if run.train_counts is None:
+        return None
+    title = element("h3", "Head, middle, tail", class_="thirds")
+    if len(set(run.train_counts)) == 1:
+        return [title, note(f"Each class has {count(int(run.train_counts[0]), 'training clip')}: none is frequent, none rare.")]
+    if "recall_head" not in run.metrics:
         return None
     thirds = dict(zip(("head", "middle", "tail"), np.array_split(np.argsort(-run.train_counts, kind="stable"), 3), strict=True))
     boxes = []
@@ -245,9 +251,6 @@ def _thirds(run, hits, support):
         boxes.append(element("div", element("dt", name), element("dd", element("b", "–" if value is None else f"{value:.3f}"),
                                                                  element("small", there))))
     points = [(name, int(n), float(h / s)) for name, n, h, s in zip(run.names, run.train_counts, hits, support, strict=True) if s]
-    title = element("h3", "Head, middle, tail", class_="thirds")
-    if len(set(run.train_counts)) == 1:
-        return [title, note(f"Each class has {count(int(run.train_counts[0]), 'training clip')}: none is frequent, none rare.")]
     return [title, note("Mean recall of the third of the classes with the most training clips, of the middle third and of the one with the "
                          "fewest."),
             element("div", element("dl", boxes, class_="figures"), element("figure", charts.scatter(

@@ -136,8 +136,9 @@ def training(run, epoch=None):
         return ["The run's own files (history.csv) do not lie beside this checkpoint, so there is nothing to say about its training."]
     flags, h, best = run.run.get("flags", {}), run.history, run.best
     monitor, epochs = flags.get("monitor", "val_acc"), len(h["epoch"])
+    equal = int((h[monitor] == h[monitor][best]).sum())
     said = [f"Of {count(epochs, 'epoch')} number {h['epoch'][best]:.0f} was best, by {MONITORS[monitor]} "
-            f"({h[monitor][best]:.3f}); " + ("its weights are what is judged here." if epoch in (None, h["epoch"][best]) else
+            f"({h[monitor][best]:.3f}" + f", the last of {equal} equal ones" * (equal > 1) + "); " + ("its weights are what is judged here." if epoch in (None, h["epoch"][best]) else
                                              f"what is judged here are the weights after epoch {epoch}.")]
     most = flags.get("epochs", epochs)
     if epochs < most:
@@ -145,9 +146,9 @@ def training(run, epoch=None):
         early = stale >= flags.get("patience", most)
         said.append(f"The run stopped early, after {count(stale, 'epoch')} without a better one." if early else
                     f"The run was to have {most} epochs and ended before that.")
-    elif best == epochs - 1 and epochs > 1:
+    elif best == epochs - 1 and epochs > 1 and h[monitor][best] not in h[monitor][:best]:
         said.append("It was still getting better when it ended: more epochs (--epochs) may help.")
-    gap = h["train_acc"][best] - h["val_acc"][best]
+    gap = h["train_acc"][best] - h["val_acc"][best] if h["train_loss"][best] < h["val_loss"][best] else -1.0
     said.append(f"There, {h['train_acc'][best]:.1%} of the training clips and {h['val_acc'][best]:.1%} of the validation clips "
                 f"were right, losses {h['train_loss'][best]:.3f} and {h['val_loss'][best]:.3f}: " + _gap(gap))
     if any(flags.get(name) for name in ("mixup_alpha", "freq_mask", "time_mask", "patchout", "noise_p", "drop_path", "filter_p")):

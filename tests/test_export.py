@@ -217,7 +217,7 @@ def test_training_goes_on_from_the_folder(folders, tones, tmp_path, capsys):
     flags[0] = f"--weights={folders['fbank']}"
     assert train.main([*flags, "--epochs=1"]) == 0
     out = capsys.readouterr().out
-    assert "tensors loaded" in out and "grid 12x9 instead of 12x101" in out and "new: head.0.weight" in out
+    assert "tensors loaded" in out and "the weights' own grid 12x9, not 12x101" in out and "new: head.0.weight" in out
     state = load_checkpoint(tmp_path / "run" / "best.pt")
     assert state["config"]["time_patches"] == 9 and state["weights"].startswith(str(folders["fbank"]))
     evaluate.main(["--ckpt", str(tmp_path / "run" / "best.pt")])

@@ -240,3 +240,4 @@ def test_recall_by_frequency_by_hand():
     assert found == {"recall_head": 0.75, "recall_middle": 0.5, "recall_tail": 0.5}
     few = labels < 2
     assert recall_by_frequency(scores[few], labels[few], counts)["recall_tail"] is None
+    assert recall_by_frequency(scores, labels, np.full(len(counts), 7)) == {}  # none is frequent, none rare

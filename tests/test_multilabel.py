@@ -547,14 +547,20 @@ def test_the_figures_from_the_files_alone(trained, mixtures):
     assert [int(row["support"]) for row in per] == truth.sum(0).tolist()
 
 
-def test_the_report_of_several_labels(trained):
-    """report.html against predictions.csv: what was found, what was said, and each pair of a miss and a false alarm."""
-    source = (trained / "report.html").read_text(encoding="utf-8")
+def test_the_report_of_several_labels(trained, tmp_path):
+    """report.html against predictions.csv: what was found, what was said, and each pair of a miss and a false alarm. Of the
+    training clips: of these some are wrong."""
+    assert go(evaluate, "--ckpt", trained / "best.pt", "--device", "cpu", "--amp", "off", "--split", "train", "--out", tmp_path) == 0
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
     words = re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", source)))
-    predictions = rows(trained / "test" / "predictions.csv")
+    predictions = rows(tmp_path / "predictions.csv")
+    for row in predictions:  # the confidence is that of what is said, where anything is
+        scores = {name: float(score) for name, score in (part.rsplit(" ", 1) for part in row["top5"].split("; "))}
+        assert float(row["confidence"]) == pytest.approx(max(
+            score for name, score in scores.items() if not row["prediction"] or name in row["prediction"].split("; ")), abs=1e-4)
     sets = [tuple({name for name in row[column].split("; ") if name} for column in ("label", "prediction")) for row in predictions]
     held, said, hits = (sum(map(len, part)) for part in zip(*((a, b, a & b) for a, b in sets)))
-    assert f"Of the {held} labels of {len(sets)} test clips {hits / held:.1%} are found, and {hits / said:.1%} of the labels given are right." in words
+    assert f"Of the {held} labels of {len(sets)} training clips {hits / held:.1%} are found, and {hits / said:.1%} of the labels given are right." in words
     cells = json.loads(re.search(r'id="clips">(.*?)</script>', source)[1])
     names, wanted = sorted(HZ), {}
     for row, (truth, answer) in zip(predictions, sets):
@@ -568,9 +574,25 @@ def test_the_report_of_several_labels(trained):
     assert cells["names"] == [*names, "(none)"]
     assert found == {f"{place[a]},{place[b]}": sorted(paths)[:50] for (a, b), paths in wanted.items() if len(paths) <= 50} | {
         cell: paths for cell, paths in found.items() if len(paths) == 50}
+    assert len({pair for pair in wanted if pair[0] != pair[1]}) > 1
     drawn = {cell: int(n) for cell, n in re.findall(r'data-cell="([\d,]+)"[^>]*aria-label="[^"]*: (\d+) of', source)}
     assert drawn == {f"{place[a]},{place[b]}": len(paths) for (a, b), paths in wanted.items()}
     assert "threshold" in words and "Of the clips to which it gives a class 80%" in words and source.count('class="card"') > 6
+
+
+def test_a_split_without_clips_of_several_labels_is_told(mixtures, tmp_path):
+    lines = (mixtures / "mixed.csv").read_text().splitlines()[1:]
+    single, several = ([line for line in lines if (";" in line) == more] for more in (False, True))
+    assert len(single) > 12 and len(several) > 3
+    for tests_have, wanted in ((False, "no clip with several labels in test: the figures there say nothing of such clips"), (True, None)):
+        splits = ["test"] * 9 + ["train"] * (len(single) - 9)
+        rows_ = [f"{line},{split}" for line, split in zip(single, splits)] + [f"{line},{split}" for line, split in zip(
+            several, ["val", "train", "test" if tests_have else "val", *["train"] * 99])]
+        (tmp_path / "t.csv").write_text("\n".join(["path,label,split", *rows_]) + "\n")
+        said = []
+        prepare(tmp_path / "t.csv", mixtures, cache_dir=tmp_path, say=said.append, several=True)
+        found = [line.strip() for part in said for line in str(part).splitlines() if "no clip with several" in line]
+        assert found == ([wanted] if wanted else []), said
 
 
 def test_evaluate_repeats_the_test_and_the_validation(trained, tmp_path, capsys):

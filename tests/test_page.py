@@ -110,7 +110,7 @@ class Made:
     def write(self, out=None, **changes):
         out = out or self.folder / "report.html"
         page.write_page(out, self.folder, self.folder / "test", **{
-            "examples": self.examples, "bins": self.bins, "scored": (150, 900), "root": self.folder / "audio",
+            "examples": self.examples, "bins": self.bins, "scored": (150, 900, 40), "root": self.folder / "audio",
             "mel_hz": np.geomspace(30, 11000, 128), "epoch": self.best, "command": "python evaluate.py --ckpt 'a b/best.pt'", **changes})
         return out
 
@@ -224,13 +224,23 @@ def test_odd_things_are_seen_and_their_absence_too(small):
     ([.1, .3, .2], {"epochs": 50, "patience": 7}, "was to have 50 epochs and ended before"),
     ([.3, .3, .2], {"epochs": 3}, "Of 3 epochs number 2 was best"),
     ([np.nan, .3, .2], {"epochs": 3}, "Of 3 epochs number 2 was best"),
+    ([.2, .3, .3], {"epochs": 3}, "number 3 was best, by validation accuracy (0.300, the last of 2 equal ones)"),
 ])
 def test_how_training_went(small, values, flags, said):
     n = len(values)
     history = {name: np.full(n, 0.5) for name in HISTORY} | {"epoch": np.arange(1, n + 1), "val_acc": np.array(values)}
     run = read(small, history=history, run={"flags": {"monitor": "val_acc", **flags}})
     assert said in " ".join(verdict.training(run))
+    assert ("still getting better" in " ".join(verdict.training(run))) == (values == [.1, .2, .3])
     assert "are the weights after epoch 7" in " ".join(verdict.training(run, 7))
+
+
+@pytest.mark.parametrize("looked, against, said", [(150, 0, None), (150, 15, "15 of them it answers otherwise: often the label is what is wrong"),
+                                                   (150, 16, "16 of them it answers otherwise: with so many, most are mistakes of its own")])
+def test_what_the_suspects_are(small, tmp_path, looked, against, said):
+    words = " ".join(Text(small.write(tmp_path / "p.html", scored=(looked, 900, against)).read_text(encoding="utf-8")).words)
+    assert "150 of the 900 training clips, drawn at random, were looked at" in words
+    assert said in words if said else "answers otherwise" not in words
 
 
 def test_the_best_epoch_by_loss_is_the_lowest(small):
@@ -264,7 +274,7 @@ def test_a_run_of_which_nothing_is_left_but_results(small, tmp_path):
     page.write_page(out, tmp_path, small.folder / "test")
     words = " ".join(Text(out.read_text(encoding="utf-8")).words)
     assert "of 80 test clips are named right" in words and "do not lie beside this checkpoint" in words and "Loss by step" not in words
-    small.write(out, examples=(), bins=None, scored=(0, 0), root=None, mel_hz=None)
+    small.write(out, examples=(), bins=None, scored=(0, 0, 0), root=None, mel_hz=None)
     assert "Listen" not in " ".join(Text(out.read_text(encoding="utf-8")).words).split("Do it again", 1)[1]
 
 

@@ -169,7 +169,7 @@ def test_weights_with_a_grid_of_their_own_reach_all_processes(tones, tmp_path):
     torch.save({f"module.{name}": value for name, value in model.state_dict().items()}, tmp_path / "other.pth")
     flags = ["--data", tones, *TINY, "--epochs", "1", "--freeze-epochs", "0", "--weights", tmp_path / "other.pth"]
     torchrun(1, "train.py", *flags, "--run-dir", "one", cwd=tmp_path)
-    assert "grid 12x9 instead of 12x101" in torchrun(2, "train.py", *flags, "--run-dir", "two", cwd=tmp_path).stdout
+    assert "the weights' own grid 12x9, not 12x101" in torchrun(2, "train.py", *flags, "--run-dir", "two", cwd=tmp_path).stdout
     assert like(outcome(tmp_path / "two"), outcome(tmp_path / "one"))
     assert load_checkpoint(tmp_path / "two" / "best.pt")["model"]["pos_embed"].shape == (1, 2 + 12 * 9, 16)
 
