@@ -270,6 +270,12 @@ def test_a_run_folder_that_exists(trained, tones, capsys, monkeypatch, tmp_path)
     refused(["--data", str(tones), *SMALL, "--run-dir", str(trained[1])], "--resume", capsys, monkeypatch, tmp_path)
 
 
+def test_a_checkpoint_name_that_no_run_has(trained, monkeypatch):
+    monkeypatch.chdir(trained[0])
+    with pytest.raises(evaluate.CheckpointError, match="--ckpt bst.pt: no such file here.*; the newest, runs/.*, has best.pt, last.pt"):
+        evaluate.main(["--ckpt", "bst.pt"])
+
+
 @pytest.mark.parametrize("how, says", [("other", "not a checkpoint"), ("cut", "truncated"), ("missing", "no such"),
                                        ("classes", "does not know")])
 def test_wrong_checkpoints(how, says, trained, tmp_path):
