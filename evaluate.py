@@ -192,16 +192,20 @@ def write_report(out, checkpoint, calibration, epoch, folder, result, model, fro
     gives for it, and the epoch that its weights are of; options: words for evaluate.py to do it again."""
     manifest, rows = clips.manifest, clips.manifest.rows("train")
     split = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["split"]
-    parts, scored = [(result, ("suspect", "uncertain", "right") if split == "train" else examples.OF_TEST)], (0, len(rows), 0)
-    trained = result if split == "train" else score_some(np.random.default_rng(0).permutation(rows)[:SUSPECT_CLIPS], model, frontend,
-                                                         clips, loss_fn, precision, batch_size)
+
+    def listen(result, kinds):
+        return examples_of(kinds, result, calibration, model, frontend, clips, precision)
+    trained, kinds, scored, shown = result, ("suspect", "uncertain", "right"), (0, len(rows), 0), []
+    if split != "train":
+        some = np.random.default_rng(0).permutation(rows)[:SUSPECT_CLIPS]
+        trained, kinds = score_some(some, model, frontend, clips, loss_fn, precision, batch_size), ("suspect",)
     if trained is not None:
         said = examples.answers(temper(trained.scores, calibration["temperature"], manifest.multi_label), trained.labels,
                                 calibration["thresholds"])
         truth = examples.answers(manifest.targets(trained.rows), trained.labels, 0.5)
-        scored = len(trained.rows), len(rows), int((said != truth).any(axis=1).sum())
-        parts = parts if trained is result else [(trained, ("suspect",)), *parts]
-    shown = [example for part, kinds in parts for example in examples_of(kinds, part, calibration, model, frontend, clips, precision)]
+        scored, shown = (len(trained.rows), len(rows), int((said != truth).any(axis=1).sum())), listen(trained, kinds)
+    if split != "train":
+        shown += listen(result, examples.OF_TEST)
     tempered = temper(result.scores, calibration["temperature"], manifest.multi_label)
     bins = [reliability(scores, result.labels)[0] for scores in (result.scores, tempered)]
     try:
