@@ -1,9 +1,12 @@
 """What only a CUDA device can show; skipped without one. Run alone: python -m pytest -m gpu"""
+import csv
+
 import numpy as np
 import pytest
 import soundfile as sf
 import torch
 
+import predict
 import train
 from core.memory import Pieces
 from core.precision import Precision
@@ -12,10 +15,12 @@ from data.cache import WaveCache
 from data.clips import Batch, Clips, evaluation_batches
 from data.manifest import load_manifest
 from data.scan import scan
+from evaluate import window_scores
 from losses import FocalLoss
 from model.ast import AST, ASTConfig
 from model.frontend import FrontendConfig, build_frontend
 from model.groups import parameter_groups
+from model.relevance import patch_relevance
 from sched import RelativeSchedule
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -114,3 +119,30 @@ def test_compiled_steps_are_the_plain_ones(graphs):
             assert t.compiled is not None
         figures.append(torch.stack([train.train_step(t, window, step)[0].cpu() for step in range(4)]))
     torch.testing.assert_close(*figures, rtol=3e-2, atol=3e-2)
+
+
+def test_scores_and_relevance_on_the_gpu_are_those_on_the_cpu():
+    waves, found = 0.1 * torch.randn(4, 44100, generator=torch.Generator().manual_seed(2)), []
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        torch.manual_seed(0)
+        model, frontend = AST(ASTConfig(3, dim=64, depth=3, heads=2)).to(device).eval(), build_frontend(FrontendConfig()).to(device)
+        logits, scores, features = window_scores(model, frontend, waves, Precision(device, None, ""), True)
+        relevance = patch_relevance(model, frontend(waves.to(device)), logits.argmax(dim=1).clone())
+        found.append([torch.from_numpy(scores), features.cpu(), relevance.cpu() / relevance.cpu().max()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+
+
+def test_training_prediction_and_report_on_the_gpu(tones, tmp_path, monkeypatch):
+    """A run with its recordings on the GPU to its report, and predict.py on both devices."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert train.main(["--data", str(tones), "--weights=none", "--dim=32", "--depth=1", "--heads=2", "--seconds=1", "--epochs=1",
+                       "--device=cuda", "--cache=device", "--run-dir=run"]) == 0
+    assert "data:audio/mpeg" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    tables = []
+    for device in ("cpu", "cuda"):
+        predict.main([str(tones), "--ckpt=run/best.pt", f"--device={device}", "--amp=off", f"--out={device}", "--threshold=0", "--top-k=3"])
+        with open(tmp_path / device / "files.csv", newline="") as file:
+            tables.append({(row["path"], row["label"]): float(row["score"]) for row in csv.DictReader(file)})
+    assert tables[0] == pytest.approx(tables[1], abs=2e-3)
