@@ -423,9 +423,8 @@ def test_a_million_steps_are_thinned(small, tmp_path):
         file.write(",".join(STEPS) + "\n")
         line = "".join(f"{{}},1,{value},2.0,{1e-5},{2e-4},1.0,32\n" for value in (0.5, 0.7))
         file.writelines(line.format(i, i + 1) for i in range(1, n, 2))
-    began = time.monotonic()
     page.write_page(tmp_path / "page.html", tmp_path, small.folder / "test")
-    assert (tmp_path / "page.html").stat().st_size < 300_000 and time.monotonic() - began < 60
+    assert (tmp_path / "page.html").stat().st_size < 300_000
 
 
 def test_many_clips_and_many_classes_are_listed_in_part(tmp_path, monkeypatch):
