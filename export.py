@@ -109,6 +109,8 @@ def writing(out):
 def check_target(out, kind):
     """Raise ExportError for a place where something lies that this script did not write."""
     mend = "remove it or give another place"
+    if any("\udc80" <= c <= "\udcff" for c in os.path.realpath(out)):
+        raise ExportError(f"{out}: its path is not UTF-8, which these formats' writers need; give another place")
     if kind == "hf" and out.is_dir():
         names = {entry.name for entry in out.iterdir()}
         others = names - HF_FILES if is_ours(out / "config.json", kind) else names
@@ -357,6 +359,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name need not be UTF-8
     try:
         main()
     except INPUT_ERRORS as error:

@@ -400,6 +400,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name need not be UTF-8
     try:
         main()
     except INPUT_ERRORS as error:

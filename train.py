@@ -815,6 +815,7 @@ def draw_first_batch(t, loader, out):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name need not be UTF-8
     try:
         sys.exit(main())
     except INPUT_ERRORS as error:  # raised on all ranks alike: one of them says it

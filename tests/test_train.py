@@ -270,6 +270,27 @@ def test_a_run_folder_that_exists(trained, tones, capsys, monkeypatch, tmp_path)
     refused(["--data", str(tones), *SMALL, "--run-dir", str(trained[1])], "--resume", capsys, monkeypatch, tmp_path)
 
 
+def test_names_that_are_not_utf8_do_not_stop_a_run(tmp_path):
+    """On a terminal that takes UTF-8 alone: the data's folder, a broken file, predictions in a folder so named; an export there is
+    refused in one line."""
+    root = os.fsencode(tmp_path) + b"/da\xfften"
+    for c in (b"a", b"b"):
+        os.makedirs(root + b"/" + c)
+        for i in range(8):
+            sf.write(tmp_path / "x.wav", tone(1.0, seed=i, hz=300 if c == b"a" else 3000), 16000)
+            os.rename(tmp_path / "x.wav", root + b"/" + c + b"/%d\xfe.wav" % i)
+    with open(root + b"/a/broken\xfe.wav", "wb") as file:
+        file.write(b"nothing")
+    environment = {**os.environ, "HOME": str(tmp_path), "PYTHONIOENCODING": "utf-8:strict"}
+    for script, flags in [("train", [b"--data=" + root, *SMALL, "--epochs=1", "--run-dir=run", "--max-bad-share=0.5"]),
+                          ("evaluate", ["--ckpt=run/best.pt", b"--data=" + root]),
+                          ("predict", ["--ckpt=run/best.pt", root, b"--out=p\xff"]),
+                          ("export", ["--ckpt=run/best.pt", "--to=hf", b"h\xff"])]:
+        done = subprocess.run([sys.executable, ROOT / f"{script}.py", *flags], cwd=tmp_path, env=environment, capture_output=True)
+        assert done.returncode == (2 if script == "export" else 0), (script, done.stderr)
+    assert done.stderr == b"error: h\\udcff: its path is not UTF-8, which these formats' writers need; give another place\n"
+
+
 def test_a_checkpoint_name_that_no_run_has(trained, monkeypatch):
     monkeypatch.chdir(trained[0])
     with pytest.raises(evaluate.CheckpointError, match="--ckpt bst.pt: no such file here.*; the newest, runs/.*, has best.pt, last.pt"):
