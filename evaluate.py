@@ -417,6 +417,12 @@ def fail(message, code=2):
     return code
 
 
+def escape_names():
+    """From here on print names that are not UTF-8, or that the terminal cannot show, as escapes."""
+    if hasattr(sys.stdout, "reconfigure"):  # not where somebody has put another stream there
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def main(argv=None):
     args = parse(argv)
     path = find_checkpoint(args.ckpt)
@@ -456,7 +462,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name need not be UTF-8
+    escape_names()
     try:
         main()
     except INPUT_ERRORS as error:

@@ -33,7 +33,7 @@ from torch import nn
 from core.checkpoint import CheckpointError, load_checkpoint, reading, sync
 from core.guard import NumbersError
 from data.manifest import Manifest
-from evaluate import calibration_of, fail, find_checkpoint, multi_label_of, restore
+from evaluate import calibration_of, escape_names, fail, find_checkpoint, multi_label_of, restore
 from model.ast import AST
 from model.frontend import Fbank, FrontendConfig
 from model.pretrained import load_pretrained, to_hub
@@ -359,7 +359,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name need not be UTF-8
+    escape_names()
     try:
         main()
     except INPUT_ERRORS as error:

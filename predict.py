@@ -34,7 +34,7 @@ from data.audio import AudioError, check
 from data.manifest import DataError
 from data.scan import printable, write_bad_files
 from data.stream import Windows, find_recordings, look, number_groups, window_batches
-from evaluate import INPUT_ERRORS, calibration_of, fail, find_checkpoint, multi_label_of, restore, window_scores
+from evaluate import INPUT_ERRORS, calibration_of, escape_names, fail, find_checkpoint, multi_label_of, restore, window_scores
 from report.style import count
 from report.tracks import label_track, labelled, selection_table, window_lines, window_rows
 
@@ -400,7 +400,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name need not be UTF-8
+    escape_names()
     try:
         main()
     except INPUT_ERRORS as error:

@@ -45,8 +45,8 @@ from data.prepare import cache_folder, noise_recordings, prepare
 from data.sampling import SAMPLERS, quotas, write_heard
 from data.scan import write_bad_files
 from data.splits import split_hash, write_split
-from evaluate import (Evaluation, calibration_of, decisions, evaluate, fail, pooled_results, restore, result_lines, weights_of,
-                      write_report, write_results)
+from evaluate import (Evaluation, calibration_of, decisions, escape_names, evaluate, fail, pooled_results, restore, result_lines,
+                      weights_of, write_report, write_results)
 from losses import SIGMOID, balanced_alpha, build_loss, hits, soft_target
 from model.ast import AST, ASTConfig
 from model.frontend import FrontendConfig, build_frontend
@@ -486,7 +486,8 @@ def main(argv=None):
         compile_model(t, args.batch_size, samples, args.compile == "graphs")
     micro_batches = args.effective_batch // args.batch_size
     print(f"step: {micro_batches} x {args.batch_size} = {args.effective_batch} clips, "
-          f"{steps_per_epoch} step{'s' * (steps_per_epoch != 1)} an epoch, {warmup_steps} of {total_steps} steps warm-up, then {args.schedule}")
+          f"{steps_per_epoch} step{'s' * (steps_per_epoch != 1)} an epoch, {warmup_steps} of {total_steps} steps warm-up, then "
+          f"{args.schedule}")
     if steps_per_epoch < FEW_STEPS and micro_batches > 1:
         print(f"  few steps: with so few clips give --effective-batch {args.batch_size}, or --recipe best")
     if micro_batches < ranks.size:
@@ -815,7 +816,7 @@ def draw_first_batch(t, loader, out):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name need not be UTF-8
+    escape_names()
     try:
         sys.exit(main())
     except INPUT_ERRORS as error:  # raised on all ranks alike: one of them says it

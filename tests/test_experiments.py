@@ -106,6 +106,7 @@ def test_intervals_of_a_difference(studies):
     assert studies["common"].by_clips(clips) == pytest.approx((0.125, *expected), abs=0.004)
 
 
+@pytest.mark.long
 def test_a_study_side_by_side_is_the_study_one_by_one(studies, tones, tmp_path, monkeypatch):
     """Two arms, one of them with a patch of the program, in this process and in two others: the same losses, and a table."""
     common, tables = studies["common"], []
