@@ -30,7 +30,7 @@ from data.clips import Clips, evaluation_batches
 from data.manifest import SPLITS, DataError, Manifest, load_manifest
 from data.named import credit, find_data
 from data.prepare import cache_folder
-from data.scan import scan
+from data.scan import printable, scan
 from losses import SIGMOID, build_loss, hits as hits_of
 from model.ast import AST, ASTConfig
 from model.frontend import FrontendConfig, build_frontend
@@ -412,8 +412,7 @@ def parse(argv=None):
 
 def fail(message, code=2):
     """Say on one line what is wrong -> the exit code."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message))
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     return code
 
 

@@ -273,9 +273,13 @@ def _outcomes(run):
     return np.concatenate(found).T
 
 
+def _outcome_names(run):
+    return [*run.names, NONE] if run.several else run.names
+
+
 def _matrix(run):
     """Number of outcomes, rows the truth, and the names of rows and columns."""
-    names = [*run.names, NONE] if run.several else run.names
+    names = _outcome_names(run)
     counts = np.zeros((len(names),) * 2, np.int64)
     np.add.at(counts, tuple(_outcomes(run)[:2]), 1)
     return counts, names
@@ -307,7 +311,7 @@ def _cell_lists(run, examples, here, root):
                      address if root is not None and address != quote(shown) else None])
         total += 1
     base = None if root is None else quote(os.fsencode(os.path.relpath(root, here))) + "/"
-    return {"names": [clean(name) for name in _matrix(run)[1]], "base": base, "cells": cells}, whole
+    return {"names": [clean(name) for name in _outcome_names(run)], "base": base, "cells": cells}, whole
 
 
 def _confusion_section(run, whole):
