@@ -1,0 +1,84 @@
+"""Small helpers that every layer may import. Standard library only."""
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+
+class InputError(ValueError):
+    """Invalid input from a person: one line that names the file or flag and how to fix it.
+
+    Scripts end with exit code 2 and print the line without a traceback. Subclasses say which layer
+    raised it. Names of files and classes in the message are escaped, so it always fits on one line.
+    """
+
+    def __init__(self, message: object):
+        super().__init__(printable(message))
+
+
+def printable(text: object) -> str:
+    """`text` on one line: line breaks, control characters and undecodable bytes are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def summarize(names: Iterable[object], most: int = 5) -> str:
+    """"a, b and 3 more": at most `most` names, then how many are left."""
+    names = [str(name) for name in names]
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def plural(number: int, noun: str) -> str:
+    """"1 clip", "2,000 clips"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary file that replaces `path` when the block ends without an error.
+
+    A reader, also one after a crash, sees the old content or the new, never a part. Text is UTF-8
+    with "\\n" line ends; bytes of a file name that are not UTF-8 are written as they are. Missing
+    parent folders are made. Raises OSError; the old file is then intact and nothing is left over.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
+    text = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    try:
+        with open(handle, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes it private
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with atomic_write(path, "wb") as file:
+        file.write(text.encode("utf-8", errors="replace"))
+
+
+def fsync_path(path: str | os.PathLike) -> None:
+    """Make the bytes of a file, or the names in a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
