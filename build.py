@@ -76,9 +76,9 @@ def open_clips(args, manifest, learner) -> Clips:
         noise = ranks.on_first_rank(lambda: noise_recordings(args.noise_dir, args.cache_dir))
         print(f"noise: quiet segments of {len(noise)} recordings in {noise.root}")
         source = Clips(noise, rate, n_samples, args.short, cache=clips.cache)
-        clips.add_noise(args.noise_p, range(len(noise)), source)
+        clips.set_noise(args.noise_p, range(len(noise)), source)
     elif args.noise_p:
-        clips.add_noise(args.noise_p, manifest.rows("train"))
+        clips.set_noise(args.noise_p, manifest.rows("train"))
     if args.cache in ("ram", "device") and not args.smoke:
         clips.load_into_memory(device if args.cache == "device" else torch.device("cpu"),
                                show_progress=ranks.is_first)

@@ -145,7 +145,7 @@ def evaluation_data(checkpoint: Checkpoint, data: str | None, audio_dir: str | N
     if len(rows) == 0:
         present = [name for name in SPLITS if len(manifest.rows(name))]
         raise DataError(f"--split {split}: the run has no such clips; it has "
-                        f"{', '.join(present)}")
+                        f"{summarize(present)}")
     if not any(manifest.file(row).exists() for row in rows):
         raise DataError(f"{manifest.file(rows[0])}: the run's recordings are not there any more; "
                         "give their folder with --data")

@@ -15,7 +15,7 @@ from core.device.precision import Precision
 from core.ema import EMA
 from core.run.checkpoint import Checkpoint, as_checkpoint_error
 from data.augment import Augment
-from data.clip_rng import DROP_PATH, PATCHOUT, uniform
+from data.clip_rng import Purpose, uniform
 from data.clips import Batch
 from losses import soft_target
 from model.ast import AST
@@ -66,12 +66,13 @@ class Learner:
         config, seed = self.model.config, self.augment.seed
         drop_noise, patch_ids = None, None
         if config.drop_path > 0:
-            drop_noise = uniform(seed, epoch, batch.clip_ids, DROP_PATH, 2 * config.depth)
+            n = 2 * config.depth  # two branches per block
+            drop_noise = uniform(seed, epoch, batch.clip_ids, Purpose.DROP_PATH, n)
             drop_noise = self._to_device(torch.from_numpy(drop_noise).float())
         if self.patchout > 0:
             n_patches = math.prod(config.patches(frames))
             n_left = max(1, round(n_patches * (1 - self.patchout)))
-            order = uniform(seed, epoch, batch.clip_ids, PATCHOUT, n_patches).argsort(axis=1)
+            order = uniform(seed, epoch, batch.clip_ids, Purpose.PATCHOUT, n_patches).argsort(1)
             patch_ids = self._to_device(torch.from_numpy(np.sort(order[:, :n_left], axis=1)))
         return drop_noise, patch_ids
 

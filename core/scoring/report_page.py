@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.clips import Clips, evaluation_batches
+from data.clips import Clips, TileKey, evaluation_batches
 from metrics.calibration import apply_temperature, reliability
 from model.relevance import patch_relevance
 from report import examples, page
@@ -109,7 +109,7 @@ class ExampleCollector:
         if len(starts) > MAX_TILES:
             spread = np.linspace(0, len(starts) - 1, MAX_TILES).astype(int)
             starts = [starts[i] for i in np.unique(spread)]
-        batch = clips.tile_batch(row, starts)
+        batch = clips.batch([TileKey(row, start) for start in starts])
         if batch.broken:
             return None
         _, tile_scores, _ = window_scores(scorer.model, scorer.frontend, batch.wave,
