@@ -19,10 +19,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 import torch
 from tqdm import tqdm
 
-from core.calibration import HOTTEST, reliability, temper
 from core.checkpoint import CheckpointError, load_checkpoint, reading
 from core.guard import NumbersError
-from core.metrics import METRICS, SEVERAL, confusion, evaluate_scores, per_class, recall_by_frequency
 from core.precision import DeviceError, choose_precision, pick_device
 from core.run import RunError, newest_run, write_json
 from data.cache import WaveCache
@@ -32,6 +30,8 @@ from data.named import credit, find_data
 from data.prepare import cache_folder
 from data.scan import printable, scan
 from losses import SIGMOID, build_loss, hits as hits_of
+from metrics import (apply_temperature, check_calibration, confusion, evaluate_scores, metrics_for, per_class,
+                     predicted_classes, recall_by_frequency, reliability)
 from model.ast import AST, ASTConfig
 from model.frontend import FrontendConfig, build_frontend
 from model.relevance import patch_relevance
@@ -113,11 +113,6 @@ def evaluate(model, frontend, batches, manifest, rows, loss_fn, precision, stop=
     return Evaluation(rows, labels, scores, losses, broken, tiles[keep], hits[keep])
 
 
-def decisions(scores, calibration):
-    """Sigmoid scores (n, C) -> (n, C) bool: which classes a clip is said to hold, by the thresholds of the checkpoint."""
-    return temper(scores, calibration["temperature"], multi_label=True) >= calibration["thresholds"]
-
-
 def write_results(folder, result, manifest, classes, split, calibration):
     """Write metrics.json, predictions.csv, scores.npz, per_class.csv and confusion.png into `folder` -> the metrics.
 
@@ -126,11 +121,11 @@ def write_results(folder, result, manifest, classes, split, calibration):
     as predict.py writes them."""
     folder.mkdir(parents=True, exist_ok=True)
     several = result.labels.ndim == 2
-    said = decisions(result.scores, calibration) if several else None
-    metrics = {"split": split, **evaluate_scores(result.scores, result.labels, said=said), "loss": float(result.losses.mean()),
+    said = predicted_classes(result.scores, calibration) if several else None
+    metrics = {"split": split, **evaluate_scores(result.scores, result.labels, predicted=said), "loss": float(result.losses.mean()),
                "unreadable": len(result.broken), "tiles": int(result.tiles.sum()),
                "tile_accuracy": float(result.hits.sum() / result.tiles.sum())}
-    tempered = temper(result.scores, calibration["temperature"], several)
+    tempered = apply_temperature(result.scores, calibration["temperature"], several)
     metrics |= {"temperature": calibration["temperature"], "ece": reliability(result.scores, result.labels)[1],
                 "ece_calibrated": reliability(tempered, result.labels)[1]}
     trained = manifest.rows("train")
@@ -200,13 +195,13 @@ def write_report(out, checkpoint, calibration, epoch, folder, result, model, fro
         some = np.random.default_rng(0).permutation(rows)[:SUSPECT_CLIPS]
         trained, kinds = score_some(some, model, frontend, clips, loss_fn, precision, batch_size), ("suspect",)
     if trained is not None:
-        said = examples.answers(temper(trained.scores, calibration["temperature"], manifest.multi_label), trained.labels,
+        said = examples.answers(apply_temperature(trained.scores, calibration["temperature"], manifest.multi_label), trained.labels,
                                 calibration["thresholds"])
         truth = examples.answers(manifest.targets(trained.rows), trained.labels, 0.5)
         scored, shown = (len(trained.rows), len(rows), int((said != truth).any(axis=1).sum())), listen(trained, kinds)
     if split != "train":
         shown += listen(result, examples.OF_TEST)
-    tempered = temper(result.scores, calibration["temperature"], manifest.multi_label)
+    tempered = apply_temperature(result.scores, calibration["temperature"], manifest.multi_label)
     bins = [reliability(scores, result.labels)[0] for scores in (result.scores, tempered)]
     try:
         page.write_page(out, checkpoint.parent, folder, shown, bins, scored, manifest.root, frontend.mel_hz.numpy(),
@@ -233,7 +228,7 @@ def examples_of(kinds, result, calibration, model, frontend, clips, precision, m
     """[examples.Example] of these kinds out of an Evaluation: of each clip the tile that speaks most for the class it was chosen for,
     of at most so many spread over it. A clip that cannot be read any more is left out."""
     manifest, rate, found, began = clips.manifest, clips.rate, [], time.monotonic()
-    scores = temper(result.scores, calibration["temperature"], manifest.multi_label)
+    scores = apply_temperature(result.scores, calibration["temperature"], manifest.multi_label)
     said = examples.answers(scores, result.labels, calibration["thresholds"])
     for kind, i, focus in examples.choose(scores, result.labels, kinds, calibration["thresholds"]):
         row = int(result.rows[i])
@@ -265,8 +260,8 @@ def pooled_results(folders, out):
             parts.append([file.get(name) for name in ("scores", "labels", "said")])
         each.append(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
     scores, labels, said = (None if part[0] is None else np.concatenate(part) for part in zip(*parts, strict=True))
-    pooled = evaluate_scores(scores, labels, said=said)
-    over, names = {}, METRICS if labels.ndim == 1 else SEVERAL
+    pooled = evaluate_scores(scores, labels, predicted=said)
+    over, names = {}, metrics_for(labels.ndim == 2)
     for key in names:
         values = [metrics[key] for metrics in each]
         over[key] = {"mean": float(np.mean(values)), "deviation": float(np.std(values, ddof=1)), "folds": values}
@@ -295,11 +290,7 @@ def calibration_of(state):
     older versions wrote."""
     with reading(state.path):
         found = state["calibration"] or {"temperature": 1.0, "thresholds": [0.5] * len(state["classes"])}
-        temperature, thresholds = found["temperature"], found["thresholds"]
-        if not 1 / HOTTEST <= temperature <= HOTTEST or len(thresholds) != len(state["classes"]) or not all(
-                0 <= value <= 1 for value in thresholds):
-            raise ValueError("a temperature or thresholds out of range")
-        return {"temperature": float(temperature), "thresholds": [float(value) for value in thresholds]}
+        return check_calibration(found, len(state["classes"]))
 
 
 def restore(state, device, averaged=True):

@@ -22,14 +22,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core.calibration import calibrate
+from metrics import calibrate, point_metrics, predicted_classes
 from core.checkpoint import CheckpointError, SaveTimer, link, load_checkpoint, reading, save_checkpoint
 from core.compiled import Compiled
 from core.distributed import Ranks, RanksError
 from core.ema import EMA
 from core.guard import NumbersError, diverged
 from core.memory import OutOfMemory, Pieces, largest_batch, ran_out
-from core.metrics import point_metrics
 from core.precision import DeviceError, Precision, choose_precision, pick_device
 from core.progress import Progress
 from core.run import DISK_ERRORS, RunError, RunLog, create_run, describe_machine, open_run, write_json
@@ -45,7 +44,7 @@ from data.prepare import cache_folder, noise_recordings, prepare
 from data.sampling import SAMPLERS, quotas, write_heard
 from data.scan import write_bad_files
 from data.splits import split_hash, write_split
-from evaluate import (Evaluation, calibration_of, decisions, escape_names, evaluate, fail, pooled_results, restore, result_lines,
+from evaluate import (Evaluation, calibration_of, escape_names, evaluate, fail, pooled_results, restore, result_lines,
                       weights_of, write_report, write_results)
 from losses import SIGMOID, balanced_alpha, build_loss, hits, soft_target
 from model.ast import AST, ASTConfig
@@ -673,7 +672,7 @@ def main(argv=None):
         if result is None:
             return interrupted()
         calibration = calibrate(result.scores, result.labels)
-        said = decisions(result.scores, calibration) if manifest.multi_label else None  # at thresholds fitted on these clips
+        said = predicted_classes(result.scores, calibration) if manifest.multi_label else None  # at thresholds fitted on these clips
         figures = point_metrics(result.scores, result.labels, said)
         row = {"epoch": epoch + 1, "train_loss": progress.loss, "train_acc": progress.accuracy,
                "val_loss": float(result.losses.mean()), "val_acc": figures["accuracy"], "val_macro_f1":
