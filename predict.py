@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 import torch
 from tqdm import tqdm
 
-from core.calibration import temper
+from metrics import apply_temperature
 from core.checkpoint import link, load_checkpoint, reading
 from core.guard import NumbersError
 from core.memory import ran_out
@@ -94,7 +94,7 @@ def formats(text):
 def kept(probabilities, temperature, multi_label, thresholds, top_k):
     """(classes,) probabilities as the model gives them -> [[class, calibrated score]] of those of the best `top_k` whose score
     reaches their threshold, best first: where a clip has one label, the second best is no answer because the best is unsure."""
-    scores = temper(probabilities[None], temperature, multi_label)[0]
+    scores = apply_temperature(probabilities[None], temperature, multi_label)[0]
     order = np.argsort(-scores, kind="stable")
     return [[int(i), round(float(scores[i]), 6)] for i in order[:top_k] if scores[i] >= thresholds[i]]
 

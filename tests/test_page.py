@@ -21,8 +21,7 @@ from sklearn.metrics import confusion_matrix
 import evaluate
 import train
 from conftest import ROOT, tone
-from core.calibration import reliability, temper
-from core.metrics import recall_by_frequency
+from metrics import apply_temperature, recall_by_frequency, reliability
 from core.run import EVENTS, HISTORY, STEPS
 from data.audio import read as read_audio
 from data.manifest import Manifest
@@ -91,7 +90,7 @@ class Made:
                     "device_name": "RTX", "threads": 8}
         (folder / "run.json").write_text(json.dumps(self.run))
         self.examples = self._examples(rng)
-        self.bins = [reliability(scores, self.labels)[0] for scores in (self.scores, temper(self.scores, 1.4))]
+        self.bins = [reliability(scores, self.labels)[0] for scores in (self.scores, apply_temperature(self.scores, 1.4))]
 
     def _examples(self, rng):
         found, guesses = [], self.scores.argmax(axis=1)

@@ -18,7 +18,7 @@ from PIL import Image
 import evaluate
 import train
 from conftest import ROOT, tone
-from core.calibration import fit_temperature
+from metrics import fit_temperature
 from core.checkpoint import load_checkpoint
 from core.precision import Precision
 from data.augment import Augment

@@ -16,7 +16,7 @@ import evaluate
 from conftest import ROOT
 from core.checkpoint import load_checkpoint
 from core.distributed import Ranks
-from core.metrics import point_metrics
+from metrics import point_metrics
 from core.precision import Precision
 from data.clips import Clips, evaluation_batches
 from data.manifest import load_manifest
