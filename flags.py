@@ -13,7 +13,7 @@ from data.cache import CACHES
 from data.named import SOURCES
 from data.sampling import SAMPLERS
 from losses import LOSSES, SIGMOID_LOSSES
-from metrics import METRICS
+from metrics import MONITORS
 from model.ast import ASTConfig
 from model.frontend import FRONTENDS, FrontendConfig
 from sched import SHAPES
@@ -35,7 +35,6 @@ FREE_ON_RESUME = {
 }
 SIZES = {"tiny": ASTConfig.tiny, "small": ASTConfig.small, "base": ASTConfig.base}
 DEFAULT_EFFECTIVE_BATCH = 32
-MONITORS = [f"val_{metric.short}" for metric in METRICS.values() if metric.in_history]
 
 
 # --- types: what a flag's text must be ---
@@ -165,7 +164,7 @@ def _add_training_flags(add):
     add("--weight-decay", 1e-2, number(0, 100), "AdamW's; not on biases, norms, tokens, positions")
     add("--clip-grad", 1.0, number(0), "largest gradient norm (0: no clipping)")
     add("--patience", 7, count(1), "stop after this many epochs without a better one")
-    add("--monitor", "val_acc", [*MONITORS, "val_loss"], "metric that selects best.pt; val_map "
+    add("--monitor", "val_acc", list(MONITORS), "metric that selects best.pt; val_map "
         "suits clips with several labels")
     add("--freeze-epochs", 0, count(0), "epochs in which only the head is trained; all of them: a "
         "linear probe")

@@ -39,7 +39,7 @@ from data.prepare import cache_folder
 from data.sampling import write_coverage
 from data.tables import load_manifest
 from losses import balanced_alpha, build_loss, is_correct
-from metrics import METRICS, calibrate, point_metrics, predicted_classes
+from metrics import HISTORY_COLUMNS, MONITORS, calibrate, point_metrics, predicted_classes
 from model.groups import freeze_backbone, parameter_groups
 from report import pictures
 from report.results import result_lines, write_results
@@ -188,8 +188,7 @@ def validate(args, run: Run, learner: Learner, clips: Clips) -> tuple[dict, int]
         "train_loss": progress.loss,
         "train_acc": progress.accuracy,
         "val_loss": float(result.losses.mean()),
-        **{f"val_{metric.short}": metrics[name] for name, metric in METRICS.items()
-           if metric.in_history},
+        **{column: metrics[metric.name] for column, metric in HISTORY_COLUMNS.items()},
         **{name: float(lr) for name, lr in learner.lrs().items()},
         "seconds": progress.seconds,
         "clips_per_second": progress.clips_per_second,
@@ -200,8 +199,8 @@ def validate(args, run: Run, learner: Learner, clips: Clips) -> tuple[dict, int]
 
 def end_epoch(args, run: Run, learner: Learner, row: dict, n_clips: int) -> None:
     """Decide whether the epoch is the best, log it, save it, and act on divergence."""
-    higher_is_better = args.monitor != "val_loss"
-    is_best = run.progress.end_epoch(row[args.monitor], higher_is_better, row["val_acc"])
+    is_best = run.progress.end_epoch(row[args.monitor], MONITORS[args.monitor].higher_is_better,
+                                     row["val_acc"])
     print(epoch_line(args, run, row, is_best), flush=True)
     if run.log:
         run.log.epoch(run.progress.step, **row)
@@ -222,8 +221,8 @@ def end_epoch(args, run: Run, learner: Learner, row: dict, n_clips: int) -> None
 
 
 def epoch_line(args, run, row, is_best):
-    metrics = "  ".join(f"{metric.label} {row[f'val_{metric.short}']:.3f}"
-                        for metric in METRICS.values() if metric.in_history)
+    metrics = "  ".join(f"{metric.label} {row[column]:.3f}"
+                        for column, metric in HISTORY_COLUMNS.items())
     skipped = f"  {row['skipped_steps']} steps skipped" if row["skipped_steps"] else ""
     return (f"epoch {row['epoch']:>2}/{args.epochs}  train loss {row['train_loss']:.3f} acc "
             f"{row['train_acc']:.3f}  val loss {row['val_loss']:.3f} {metrics}  "

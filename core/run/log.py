@@ -5,20 +5,17 @@ from pathlib import Path
 
 import numpy as np
 
-from metrics import METRICS
+from metrics import HISTORY_COLUMNS
 from util import atomic_write
 
 from .progress import Progress
 
 STEP_COLUMNS = ["step", "epoch", "loss", "grad_norm", "lr_backbone", "lr_head", "scale", "clips"]
+EPOCH_COLUMNS = [
+    "epoch", "train_loss", "train_acc", "val_loss", *HISTORY_COLUMNS, "lr_backbone", "lr_head",
+    "seconds", "clips_per_second", "peak_memory_mb", "skipped_steps",
+]
 EVENT_COLUMNS = ["step", "epoch", "event", "detail"]
-
-
-def history_columns() -> list[str]:
-    """Columns of history.csv; metrics come from the table in `metrics`."""
-    metrics = [f"val_{metric.short}" for metric in METRICS.values() if metric.in_history]
-    return ["epoch", "train_loss", "train_acc", "val_loss", *metrics, "lr_backbone", "lr_head",
-            "seconds", "clips_per_second", "peak_memory_mb", "skipped_steps"]
 
 
 class CsvLog:
@@ -57,7 +54,7 @@ class RunLog:
 
     def __init__(self, folder: Path, progress: Progress, tensorboard: bool):
         self.folder = folder
-        self.history = CsvLog(folder / "history.csv", history_columns(), last=progress.epoch)
+        self.history = CsvLog(folder / "history.csv", EPOCH_COLUMNS, last=progress.epoch)
         self.steps = CsvLog(folder / "steps.csv", STEP_COLUMNS, last=progress.step)
         self.events = CsvLog(folder / "events.csv", EVENT_COLUMNS, last=progress.step)
         self.board = None
