@@ -38,11 +38,11 @@ from core.smoke import peak_memory_mb, smoke_test
 from data.augment import Augment
 from data.cache import CACHES, WaveCache, choose_cache
 from data.clips import Batch, Clips, TrainLoader, evaluation_batches
-from data.draws import DROP_PATH, PATCHOUT, uniform
+from data.clip_rng import Purpose, uniform
 from data.manifest import DataError, Manifest, load_manifest
 from data.named import SOURCES, credit, find_data
 from data.prepare import cache_folder, noise_recordings, prepare
-from data.sampling import SAMPLERS, quotas, write_heard
+from data.sampling import SAMPLERS, quotas, write_coverage
 from data.scan import write_bad_files
 from data.splits import split_hash, write_split
 from evaluate import (Evaluation, calibration_of, decisions, escape_names, evaluate, fail, pooled_results, restore, result_lines,
@@ -286,13 +286,13 @@ def model_input(t, batch, epoch):
     wave = batch.wave.to(t.precision.device, non_blocking=True)
     target = soft_target(batch.target.to(t.precision.device, non_blocking=True), t.model.config.n_classes)
     noise = None if batch.noise is None else batch.noise.to(t.precision.device, non_blocking=True)
-    wave = t.augment.louder(wave, epoch, batch.clips)
-    wave = t.augment.shift(wave, epoch, batch.clips)
-    wave = t.augment.background(wave, noise, epoch, batch.clips)
-    wave = t.augment.filtered(wave, epoch, batch.clips)
-    wave, target = t.augment.mixup(wave, target, epoch, batch.clips)
+    wave = t.augment.random_gain(wave, epoch, batch.clip_ids)
+    wave = t.augment.random_shift(wave, epoch, batch.clip_ids)
+    wave = t.augment.add_noise(wave, noise, epoch, batch.clip_ids)
+    wave = t.augment.random_filter(wave, epoch, batch.clip_ids)
+    wave, target = t.augment.mixup(wave, target, epoch, batch.clip_ids)
     spec = t.frontend(wave)
-    return t.augment.spec_augment(spec, t.frontend.silence(spec), epoch, batch.clips), target
+    return t.augment.spec_augment(spec, t.frontend.silence(spec), epoch, batch.clip_ids), target
 
 
 def model_draws(t, batch, epoch, frames):
@@ -300,11 +300,11 @@ def model_draws(t, batch, epoch, frames):
     patches or None)."""
     config, noise, kept = t.model.config, None, None
     if config.drop_path > 0:
-        noise = torch.from_numpy(uniform(t.augment.seed, epoch, batch.clips, DROP_PATH, 2 * config.depth)).float()
+        noise = torch.from_numpy(uniform(t.augment.seed, epoch, batch.clip_ids, Purpose.DROP_PATH, 2 * config.depth)).float()
         noise = noise.to(t.precision.device, non_blocking=True)
     if t.patchout > 0:
         n = math.prod(config.patches(frames))
-        order = uniform(t.augment.seed, epoch, batch.clips, PATCHOUT, n).argsort(axis=1)[:, :max(1, round(n * (1 - t.patchout)))]
+        order = uniform(t.augment.seed, epoch, batch.clip_ids, Purpose.PATCHOUT, n).argsort(axis=1)[:, :max(1, round(n * (1 - t.patchout)))]
         kept = torch.from_numpy(np.sort(order, axis=1)).to(t.precision.device, non_blocking=True)
     return noise, kept
 
@@ -512,7 +512,7 @@ def main(argv=None):
             + f" (most frequent, middle, rarest of {len(counts)} classes)")
     if args.smoke:
         n_val = sum(len(clips.tiles(row)) for row in rows["val"])
-        ok = smoke_test(model, t.loss_fn, precision, lambda batch: model_input(t, batch, 0), loader.windows(0),
+        ok = smoke_test(model, t.loss_fn, precision, lambda batch: model_input(t, batch, 0), loader.steps(0),
                         lambda window: train_step(t, window, 0), len(rows["train"]), n_val, args.epochs, len(bad_files))
         return 0 if ok else 3
 
@@ -642,7 +642,7 @@ def main(argv=None):
         t.loss_fn.train()
         freeze_backbone(model, epoch < args.freeze_epochs)
         started = time.perf_counter() - progress.seconds
-        bar = tqdm(loader.windows(epoch, progress.window, ranks.rank, ranks.size), desc=f"epoch {epoch + 1}/{args.epochs}",
+        bar = tqdm(loader.steps(epoch, progress.window, ranks.rank, ranks.size), desc=f"epoch {epoch + 1}/{args.epochs}",
                    unit="step", total=steps_per_epoch, initial=progress.window, leave=False,
                    disable=not (ranks.first and sys.stderr.isatty()))
         for window in bar:
@@ -650,7 +650,7 @@ def main(argv=None):
             window = [batch for batch in window if len(batch.rows)]
             n, n_broken, stopping, due = ranks.total(sum(len(batch.rows) for batch in window), len(broken), int(stop()),
                                                      int(ranks.first and timer.due(progress.step)))
-            for trouble in {batch.trouble for batch in window} - troubles - {None}:
+            for trouble in {batch.cache_problem for batch in window} - troubles - {None}:
                 troubles.add(trouble)
                 event("cache", trouble)
             if n_broken:
@@ -715,7 +715,7 @@ def main(argv=None):
     if result is None:
         return interrupted()
     if ranks.first:
-        print(write_heard(loader, progress.epoch, run_dir / "heard.csv"))
+        print(write_coverage(loader, progress.epoch, run_dir / "coverage.csv"))
         metrics = write_results(run_dir / "test", result, manifest, manifest.classes, "test", fitted)
         stop.armed = False  # nothing is left to save: a signal ends the page at once
         print("\n".join(result_lines(metrics)))
@@ -737,11 +737,11 @@ def open_clips(args, manifest, rate, samples, device, ranks):
     if args.noise_p and args.noise_dir:
         noise = ranks.once(lambda: noise_recordings(args.noise_dir, args.cache_dir))
         print(f"noise: quiet stretches of {len(noise)} recordings in {noise.root}")
-        clips.add_noise(args.noise_p, np.arange(len(noise)), Clips(noise, rate, samples, args.short, cache=clips.cache))
+        clips.set_noise(args.noise_p, np.arange(len(noise)), Clips(noise, rate, samples, args.short, cache=clips.cache))
     elif args.noise_p:
-        clips.add_noise(args.noise_p, manifest.rows("train"))
+        clips.set_noise(args.noise_p, manifest.rows("train"))
     if args.cache in ("ram", "device") and not args.smoke:
-        clips.reside(device if args.cache == "device" else torch.device("cpu"), show=ranks.first and sys.stderr.isatty())
+        clips.load_into_memory(device if args.cache == "device" else torch.device("cpu"), show_progress=ranks.first and sys.stderr.isatty())
     return clips
 
 
@@ -807,7 +807,7 @@ def find_batch_size(t, effective_batch, samples):
 
 def draw_first_batch(t, loader, out):
     """batch.png: the first training micro-batches as the model sees them, augmentation included."""
-    pairs = [(batch, *model_input(t, batch, 0)) for batch in next(loader.windows(0))]
+    pairs = [(batch, *model_input(t, batch, 0)) for batch in next(loader.steps(0))]
     manifest, c = loader.clips.manifest, t.frontend.config
     pictures.batch(np.concatenate([spec.cpu().numpy() for _, spec, _ in pairs]),
                    np.concatenate([manifest.labels[batch.rows] for batch, _, _ in pairs]),
