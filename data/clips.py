@@ -184,7 +184,8 @@ class Clips(Dataset):
             starts = self.crop_start(clip_ids, epoch)
             noise = self._noise(clip_ids, epoch)
         else:
-            clip_ids, starts = np.array(keys, np.int64).reshape(-1, 2).T
+            clip_ids = np.array([row for row, _ in keys], np.int64)
+            starts = np.array([start for _, start in keys], np.int64)
             noise = None
 
         rows = clip_ids % len(self)
