@@ -32,7 +32,7 @@ RATE, SAMPLES = 22050, 88200  # LogMel's, 4 s
 
 def timed_run(args, cache, folder):
     """[(epoch, seconds training, seconds waiting, clips, seconds validating, clips)] of a run of train.py."""
-    epochs, real_windows, real_evaluate = [], TrainLoader.windows, train.evaluate
+    epochs, real_windows, real_evaluate = [], TrainLoader.steps, train.evaluate
 
     def windows(self, epoch, *how):
         row, iterator, started = [epoch + 1, 0.0, 0.0, 0, 0.0, 0], real_windows(self, epoch, *how), time.perf_counter()
@@ -53,14 +53,14 @@ def timed_run(args, cache, folder):
         epochs[-1][4:] = [time.perf_counter() - started, len(result.rows)]
         return result
 
-    TrainLoader.windows, train.evaluate = windows, evaluate
+    TrainLoader.steps, train.evaluate = windows, evaluate
     real_draw, train.draw_first_batch = train.draw_first_batch, lambda *how: None  # it takes a window of its own
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             train.main(["--data", args.data, "--epochs", str(args.epochs), "--warmup-epochs", "0", "--batch-size", "4", "--run-dir",
                         str(folder / cache), "--cache", cache, "--cache-dir", str(folder / "cache"), *shlex.split(args.flags)])
     finally:
-        TrainLoader.windows, train.evaluate, train.draw_first_batch = real_windows, real_evaluate, real_draw
+        TrainLoader.steps, train.evaluate, train.draw_first_batch = real_windows, real_evaluate, real_draw
     return epochs[:args.epochs]
 
 
@@ -70,7 +70,7 @@ def data_path(args, folder):
     rows = manifest.rows("train")[:args.clips]
     kept = Clips(manifest, RATE, SAMPLES, cache=WaveCache(folder / "cache" / "audio", RATE))
     resident = Clips(manifest, RATE, SAMPLES, cache=kept.cache)
-    resident.reside(torch.device("cpu"))  # and so all are on the disk
+    resident.load_into_memory(torch.device("cpu"))  # and so all are on the disk
     ways = {
         "from the cache on the disk": kept,
         "from memory": resident,
@@ -86,7 +86,7 @@ def data_path(args, folder):
                                    duration=SAMPLES / RATE)
             np.resize(wave, SAMPLES)
 
-    sides = {name: lambda loader=loader: [None for _ in loader.windows(0)] for name, loader in loaders.items()}
+    sides = {name: lambda loader=loader: [None for _ in loader.steps(0)] for name, loader in loaders.items()}
     sides["librosa.load, clip by clip"] = usual
     times = in_turn(sides, args.rounds, torch.device("cpu"))
     return {name: [len(rows) / s for s in seconds] for name, seconds in times.items()}

@@ -46,7 +46,7 @@ def child(folder):
     clips = Clips(manifest, 22050, 88200)
     loader = TrainLoader(clips, manifest.rows("train"), 4, 32)
     started = time.perf_counter()
-    windows = loader.windows(0)
+    windows = loader.steps(0)
     for _ in range(min(20, loader.steps_per_epoch)):
         next(windows)
     step = (time.perf_counter() - started) / min(20, loader.steps_per_epoch)
