@@ -318,9 +318,7 @@ def build_learner(args, manifest, checkpoint, device, distributed) -> tuple[Lear
     schedule = RelativeSchedule(
         optimizer, round(args.warmup_epochs * steps_per_epoch), args.epochs * steps_per_epoch,
         args.schedule, args.min_lr_ratio, device if reads_late(args, device) else None)
-    # The fields of Augment are named like the flags.
-    settings = {field: value for field, value in vars(args).items() if field in Augment.FLAGS}
-    augment = Augment(**settings, sample_rate=frontend.config.sample_rate, seed=args.seed)
+    augment = Augment.from_flags(vars(args), frontend.config.sample_rate)
     learner = Learner(model, frontend, augment, build_loss(**loss).to(device), optimizer, schedule,
                       precision, args.clip_grad or math.inf, args.patchout,
                       EMA(model, args.ema) if args.ema else None, distributed)

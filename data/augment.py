@@ -1,10 +1,11 @@
 """Augmentation of training batches, on the training device.
 
-To add an augmentation: add a field and a method here, a flag of the same name as the field to
-flags.py, a purpose to clip_rng.py and a call to `model_input`. Draw random numbers with `_uniform`
-only: they belong to the clips, so a result does not depend on the batch or on an interruption.
+To add an augmentation, add a method and its field here, with its place in `waves` or
+`spectrograms`, and a flag of the field's name in flags.py. Draw random numbers with `_uniform`
+only, for a purpose of your own (any name): they belong to the clips, so a result does not depend on
+the batch or on an interruption.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -34,6 +35,35 @@ class Augment:
     filter_p: float = 0.0  # probability that a clip is filtered
     sample_rate: int = 22050  # Hz
     seed: int = 0
+
+    @classmethod
+    def from_flags(cls, flags: dict, sample_rate: int) -> "Augment":
+        """The settings among `flags` (name -> value), whose names are those of the fields."""
+        names = {field.name for field in fields(cls)}
+        settings = {name: value for name, value in flags.items() if name in names}
+        low, high = settings["noise_snr"].split(",")
+        return cls(**(settings | {"noise_snr": (float(low), float(high)),
+                                  "sample_rate": sample_rate}))
+
+    def waves(
+        self, wave: torch.Tensor, target: torch.Tensor, noise: torch.Tensor | None, epoch: int,
+        clip_ids: ArrayLike,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Augment waveforms (B, samples) and their soft labels (B, classes).
+
+        noise: (B, samples) background noise, or None.
+        """
+        wave = self.random_gain(wave, epoch, clip_ids)
+        wave = self.random_shift(wave, epoch, clip_ids)
+        wave = self.add_noise(wave, noise, epoch, clip_ids)
+        wave = self.random_filter(wave, epoch, clip_ids)
+        return self.mixup(wave, target, epoch, clip_ids)
+
+    def spectrograms(
+        self, spec: torch.Tensor, silence: torch.Tensor, epoch: int, clip_ids: ArrayLike
+    ) -> torch.Tensor:
+        """Augment spectrograms (B, n_mels, frames). silence: (B, 1, 1), what a silent cell reads."""
+        return self.spec_augment(spec, silence, epoch, clip_ids)
 
     def random_gain(self, wave: torch.Tensor, epoch: int, clip_ids: ArrayLike) -> torch.Tensor:
         """Change the level of each clip by Uniform(-gain, gain) dB. wave: (B, samples)."""

@@ -3,6 +3,7 @@
 There is no generator state. So a clip is augmented alike in any batch, with any number of workers
 or ranks, and after an interruption. `data/clips.py` explains what a clip id is.
 """
+import hashlib
 from enum import IntEnum
 
 import numpy as np
@@ -12,8 +13,8 @@ from numpy.typing import ArrayLike
 class Purpose(IntEnum):
     """What random numbers are for. Two purposes never share a number.
 
-    Add new purposes at the end: the values decide the random numbers, so changing one changes the
-    results of every run, also of a run that is resumed.
+    The values decide the random numbers, so changing one changes the results of every run, also of
+    a run that is resumed. A new augmentation needs no entry here: it may use any name.
     """
     CROP = 0
     MIXUP = 1
@@ -27,12 +28,17 @@ class Purpose(IntEnum):
     FILTER = 9
 
 
-def uniform(seed: int, epoch: int, clip_ids: ArrayLike, purpose: Purpose, count: int) -> np.ndarray:
+def uniform(
+    seed: int, epoch: int, clip_ids: ArrayLike, purpose: Purpose | str, count: int
+) -> np.ndarray:
     """Draw `count` uniform random numbers in [0, 1) for each clip.
 
-    clip_ids: (B,) integers. Returns (B, count) float64. The numbers are splitmix64 (S. Vigna, 2015)
+    clip_ids: (B,) integers. purpose: a Purpose, or a name that is hashed. Returns (B, count) float64. The numbers are splitmix64 (S. Vigna, 2015)
     over a key that hashes all arguments.
     """
+    if isinstance(purpose, str):
+        digest = hashlib.blake2b(purpose.encode(), digest_size=7).digest()  # far above any Purpose
+        purpose = int.from_bytes(digest, "little")
     with np.errstate(over="ignore"):  # the arithmetic is modulo 2**64 on purpose
         key = np.uint64(seed % 2**64)
         for value in (epoch, purpose):

@@ -25,7 +25,7 @@ RATE = 16000
 def prepare(folder, log=None, **options):
     """(manifest, bad files) of a folder. log: a list that receives the lines of the log."""
     lines = [] if log is None else log
-    return data.prepare.prepare(folder, say=lines.append, **options)
+    return data.prepare.prepare(folder, log=lines.append, **options)
 
 
 @pytest.fixture(autouse=True)
