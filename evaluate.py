@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"written: {folder}", flush=True)
     report_folder = folder if args.out or split != "test" else path.parent
     print(write_report(report_folder / "report.html", path, calibration,
-                       checkpoint["progress"]["epoch"], folder, result, scorer, clips,
+                       checkpoint["progress"]["epoch"], folder, split, result, scorer, clips,
                        args.batch_size, same_command(args, path)))
     return 0
 

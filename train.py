@@ -328,6 +328,7 @@ def build_learner(args, manifest, checkpoint, device, distributed) -> tuple[Lear
 def test(args, run: Run, learner: Learner, loader: TrainLoader) -> None:
     """Evaluate best.pt on the test clips and write results and report."""
     path, folder, clips = run.folder / "best.pt", run.folder / "test", loader.clips
+    again = f"python evaluate.py --ckpt {shlex.quote(str(path))}"
     print(f"test: {path.name}, epoch {run.progress.best_epoch}")
     best = learner.distributed.on_first_rank(lambda: load_checkpoint(path))
     learner.model.load_state_dict(weights_of(best))
@@ -341,9 +342,9 @@ def test(args, run: Run, learner: Learner, loader: TrainLoader) -> None:
         run.stop.armed = False  # nothing is left to save: a signal ends the process at once
         print("\n".join(result_lines(metrics)))
         print(write_report(run.folder / "report.html", path, calibration, run.progress.best_epoch,
-                           folder, result, learner, clips, args.eval_batch_size))
+                           folder, "test", result, learner, clips, args.eval_batch_size, again))
         run.log.finish(run.progress.step, vars(args), metrics)
-    print(f"written: {run.folder}\nnext: python evaluate.py --ckpt {shlex.quote(str(path))}")
+    print(f"written: {run.folder}\nnext: {again}")
 
 
 def run_folds(args, given) -> int:

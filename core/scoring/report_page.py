@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from data.clips import Clips, TileKey, evaluation_batches
-from metrics.calibration import apply_temperature, reliability
+from metrics import apply_temperature
 from model.relevance import patch_relevance
 from report import examples, page
 
@@ -18,15 +18,13 @@ MAX_TILES = 32  # of a long clip, spread over it
 
 
 def write_report(out: Path, checkpoint: Path, calibration: dict, epoch: int, results: Path,
-                 result: Evaluation, scorer: Scorer, clips: Clips, batch_size: int,
-                 command: str = "") -> str:
+                 split: str, result: Evaluation, scorer: Scorer, clips: Clips, batch_size: int,
+                 command: str) -> str:
     """Write the page `out` about the results in the folder `results` -> a line to print.
 
-    result: what was evaluated, for examples from it; other examples come from the training clips,
-    if the manifest has some. epoch: of the checkpoint's weights. command: evaluates again.
+    result: the evaluation of `split`, for examples from it; other examples come from the training
+    clips, if the manifest has some. epoch: of the checkpoint's weights. command: evaluates again.
     """
-    command = command or f"python evaluate.py --ckpt {checkpoint}"
-    split = page.split_of(results)
     collector = ExampleCollector(scorer, clips, calibration)
     train_rows = clips.manifest.rows("train")
     if split == "train":
@@ -34,20 +32,16 @@ def write_report(out: Path, checkpoint: Path, calibration: dict, epoch: int, res
     else:
         some = np.random.default_rng(0).permutation(train_rows)[:SUSPECT_CLIPS]
         trained, kinds = score_for_a_while(scorer, clips, some, batch_size), ("suspect",)
-    n_scored = n_contradicted = 0
-    shown = []
+    search, shown = examples.SuspectSearch(), []
     if trained is not None:
-        n_scored, n_contradicted = len(trained.rows), collector.count_contradicted(trained)
+        search = examples.SuspectSearch(len(trained.rows), len(train_rows),
+                                        collector.count_contradicted(trained))
         shown = collector.collect(trained, kinds)
     if split != "train":
         shown += collector.collect(result, examples.OF_TEST)
-    tempered = apply_temperature(result.scores, calibration["temperature"],
-                                 clips.manifest.multi_label)
-    bins = [reliability(scores, result.labels)[0] for scores in (result.scores, tempered)]
     config = scorer.model.config
     try:
-        page.write_page(out, checkpoint.parent, results, shown, bins,
-                        (n_scored, len(train_rows), n_contradicted), clips.manifest.root,
+        page.write_page(out, checkpoint.parent, results, shown, search, clips.manifest.root,
                         scorer.frontend.mel_hz.numpy(), (config.patch, config.stride), epoch,
                         command)
     except OSError as error:
