@@ -89,8 +89,8 @@ def save_interval(text: str) -> str:
 def build_parser() -> tuple[argparse.ArgumentParser, dict]:
     """The parser, which returns only the flags that were given, and the defaults of all flags."""
     parser = argparse.ArgumentParser(
-        prog="train.py", description="Fine-tune an audio spectrogram transformer on labelled "
-        "recordings.")
+        prog="train.py", usage="python train.py [flags]",
+        description="Fine-tune an audio spectrogram transformer on labelled recordings.")
     defaults = {}
 
     def group(title):
