@@ -27,10 +27,12 @@ from core.precision import DeviceError, choose_precision, pick_device
 from core.run import RunError, newest_run, write_json
 from data.cache import WaveCache
 from data.clips import Clips, evaluation_batches
-from data.manifest import SPLITS, DataError, Manifest, load_manifest
+from data.load import load_manifest
+from data.manifest import SPLITS, DataError, Manifest
 from data.named import credit, find_data
 from data.prepare import cache_folder
-from data.scan import printable, scan
+from data.scan import scan
+from util import printable
 from losses import SIGMOID, build_loss, hits as hits_of
 from model.ast import AST, ASTConfig
 from model.frontend import FrontendConfig, build_frontend
@@ -135,7 +137,7 @@ def write_results(folder, result, manifest, classes, split, calibration):
                 "ece_calibrated": reliability(tempered, result.labels)[1]}
     trained = manifest.rows("train")
     if len(trained):  # none in other data
-        metrics |= recall_by_frequency(result.scores, result.labels, manifest.take(trained).counts(), said)
+        metrics |= recall_by_frequency(result.scores, result.labels, manifest.select(trained).counts(), said)
     write_json(folder / "metrics.json", metrics)
     np.savez(folder / "scores.npz", scores=result.scores.astype(np.float32), labels=result.labels, rows=result.rows,
              **({"said": said} if several else {}))
@@ -376,13 +378,13 @@ def _other_data(other, classes, multi_label):
         raise DataError(f"--data {other.root}: clips with several labels, but the checkpoint has learnt that a clip has one; give "
                         "clips with one label, or a checkpoint of such data")
     if multi_label != other.multi_label:
-        other = other.with_sets([((int(label),), ()) for label in other.labels]) if multi_label else other.one_label()
+        other = other.with_label_sets([((int(label),), ()) for label in other.labels]) if multi_label else other.single_label()
     seen = scan(other, None, full=False)
     keep = np.flatnonzero(seen.ok)
     if len(keep) == 0:
         raise DataError(f"--data {other.root}: none of the {len(other)} files can be read; the first: "
                         f"{other.paths[0]}: {seen.reasons[0]}")
-    found = other.take(keep).relabelled(classes, [classes.index(name) for name in other.classes])
+    found = other.select(keep).with_classes(classes, [classes.index(name) for name in other.classes])
     found.duration = seen.duration[keep]
     notes = [f"data: {other.root}, all {len(keep)} clips (not the training data)"]
     if len(keep) < len(other):

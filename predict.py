@@ -32,7 +32,8 @@ from core.signals import StopRequest
 from core.smoke import duration
 from data.audio import AudioError, check
 from data.manifest import DataError
-from data.scan import printable, write_bad_files
+from data.scan import write_bad_files
+from util import printable
 from data.stream import Windows, find_recordings, look, number_groups, window_batches
 from evaluate import INPUT_ERRORS, calibration_of, escape_names, fail, find_checkpoint, multi_label_of, restore, window_scores
 from report.style import count

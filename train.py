@@ -39,7 +39,8 @@ from data.augment import Augment
 from data.cache import CACHES, WaveCache, choose_cache
 from data.clips import Batch, Clips, TrainLoader, evaluation_batches
 from data.draws import DROP_PATH, PATCHOUT, uniform
-from data.manifest import DataError, Manifest, load_manifest
+from data.load import load_manifest
+from data.manifest import DataError, Manifest
 from data.named import SOURCES, credit, find_data
 from data.prepare import cache_folder, noise_recordings, prepare
 from data.sampling import SAMPLERS, quotas, write_heard
@@ -426,7 +427,7 @@ def main(argv=None):
     if state is None:
         manifest, bad_files = ranks.once(lambda: prepare(args.data, args.audio_dir, args.fold, args.min_clips,
                                                          args.max_bad_share, args.scan, args.seed, args.cache_dir,
-                                                         several=args.loss in SIGMOID))
+                                                         multi_label=args.loss in SIGMOID))
     else:
         with reading(state.path):
             manifest = Manifest.from_dict(state["manifest"])
@@ -461,7 +462,7 @@ def main(argv=None):
           f"{frontend.config.sample_rate} Hz; {grid[0]} x {grid[1]} patches + 2 = {grid[0] * grid[1] + 2} tokens")
 
     # loss, optimiser, schedule
-    counts = manifest.take(rows["train"]).counts()
+    counts = manifest.select(rows["train"]).counts()
     alpha = None if args.alpha == "none" else args.alpha
     if alpha == "balanced":
         alpha = balanced_alpha(counts).tolist()

@@ -6,7 +6,7 @@ import os
 import numpy as np
 
 from .draws import ORDER, uniform
-from .scan import write_atomic
+from util import atomic_write
 
 SAMPLERS = {"shuffle": 1.0, "sqrt": 0.5, "balanced": 0.0}  # a class's share goes by its number of clips to this power
 
@@ -95,7 +95,8 @@ def write_heard(loader, epochs, path):
     for row in loader.rows.tolist():
         out.writerow([manifest.paths[row], f"{manifest.start[row]:g}", f"{manifest.duration[row]:.2f}", crops[row],
                       f"{share[row]:.3f}", " ".join(map(str, where[row]))])
-    write_atomic(path, os.fsencode(text.getvalue()))
+    with atomic_write(path, "wb") as file:
+        file.write(os.fsencode(text.getvalue()))
     own = share[loader.rows]
     return (f"heard in {epochs} epochs: {np.average(own, weights=clips.total[loader.rows]):.0%} of the training audio, "
             f"{np.median(own):.0%} of the median clip, {own.min():.0%} of the least heard")

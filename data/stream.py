@@ -16,7 +16,8 @@ import soxr
 
 from .audio import AudioError, AudioInfo, decode_mono, fit, info_of, length_at, open_audio, probe, tile_starts
 from .manifest import DataError
-from .scan import WORKERS, audio_below
+from .files import find_audio
+from .scan import WORKERS
 
 BLOCK = 1 << 16  # frames decoded at a time, or as many as a window has
 GROUP = 8  # batches, see `number_groups`
@@ -80,7 +81,7 @@ def find_recordings(inputs):
             continue
         above, name = os.path.split(top)
         try:
-            for path in audio_below(above, name, ignored):
+            for path in find_audio(above, name, ignored):
                 inside = path.removeprefix(name + "/")
                 found.setdefault(os.path.join(top, inside), os.path.join(given, inside))
         except OSError as error:

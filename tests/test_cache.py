@@ -15,7 +15,7 @@ import data.cache
 from data.audio import AudioError, read
 from data.cache import HEAD, WaveCache, choose_cache, quantise
 from data.clips import Clips, TrainLoader, evaluation_batches
-from data.manifest import load_manifest
+from data.load import load_manifest
 from data.scan import scan
 
 RATE = 16000

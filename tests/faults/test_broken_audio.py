@@ -232,7 +232,7 @@ def test_a_broken_file_is_listed_left_out_and_counted(folder, tmp_path, kind):
     name, make, words = BROKEN[kind]
     make(folder / "a" / name)
     said = []
-    manifest, bad = data.prepare.prepare(folder, say=said.append)
+    manifest, bad = data.prepare.prepare(folder, log=said.append)
     assert [path for path, _ in bad] == [f"a/{name}"] and bad[0][1].strip() and words in bad[0][1], bad
     assert "\n" not in bad[0][1]
     rows = np.concatenate([manifest.rows(split) for split in ("train", "val", "test")])
@@ -250,7 +250,7 @@ def test_a_good_file_whose_name_is_not_utf8_is_used(folder):
     noise(folder / "a/x.wav", seed=999).rename(folder / "a/\udce9.wav")
     assert b"\xe9.wav" in os.listdir(os.fsencode(folder / "a"))
     said = []
-    manifest, bad = data.prepare.prepare(folder, say=said.append)
+    manifest, bad = data.prepare.prepare(folder, log=said.append)
     assert bad == [] and not any("broken" in line for line in said)
     row = manifest.paths.index("a/\udce9.wav")
     assert sum(row in manifest.rows(split) for split in ("train", "val", "test")) == 1
@@ -261,7 +261,7 @@ def test_a_good_file_whose_name_is_not_utf8_is_used(folder):
 
 def test_64_channels_are_used_as_their_mean(folder):
     noise(folder / "a/x.wav", channels=64, seed=999, subtype="FLOAT")
-    manifest, bad = data.prepare.prepare(folder, say=lambda line: None)
+    manifest, bad = data.prepare.prepare(folder, log=lambda line: None)
     assert bad == []
     wave, reason = heard(Clips(manifest, RATE, 4800), manifest.paths.index("a/x.wav"))
     want = sf.read(folder / "a/x.wav")[0].mean(axis=1)
@@ -272,7 +272,7 @@ def test_a_wav_from_a_pipe_is_whole(folder):
     """ffmpeg and others leave 2^32 - 1 for a length that they could not go back to write."""
     wav_with(folder / "a/x.wav", 40, "<I", 2**32 - 1, seed=999)
     assert check(folder / "a/x.wav").frames == 4800
-    manifest, bad = data.prepare.prepare(folder, say=lambda line: None)
+    manifest, bad = data.prepare.prepare(folder, log=lambda line: None)
     assert bad == [] and manifest.duration[manifest.paths.index("a/x.wav")] == np.float32(0.3)
 
 
@@ -289,14 +289,14 @@ def test_above_the_stated_share_it_refuses_and_names_the_first(folder):
     for name in ("x1.wav", "x2.wav", "x3.wav"):
         (folder / "b" / name).write_text("not audio")
     with pytest.raises(DataError) as caught:
-        data.prepare.prepare(folder, say=lambda line: None)
+        data.prepare.prepare(folder, log=lambda line: None)
     message = str(caught.value)
     assert "3 of 43 clips cannot be read" in message and "b/x1.wav: not readable as audio" in message
     assert "--max-bad-share 0.05" in message and "\n" not in message
-    manifest, bad = data.prepare.prepare(folder, max_bad_share=3 / 43, say=lambda line: None)
+    manifest, bad = data.prepare.prepare(folder, max_bad_share=3 / 43, log=lambda line: None)
     assert len(bad) == 3 and len(manifest) == 40
     with pytest.raises(DataError):
-        data.prepare.prepare(folder, max_bad_share=2.9 / 43, say=lambda line: None)
+        data.prepare.prepare(folder, max_bad_share=2.9 / 43, log=lambda line: None)
 
 
 # ---- between the scan and the use
@@ -354,7 +354,7 @@ CHANGES = [vanish, become_text, become_empty, become_cut, become_nan, become_a_p
 @pytest.mark.parametrize("change, workers", [*((change, 0) for change in CHANGES), (vanish, 2)])
 def test_a_file_that_changes_is_named_and_not_replaced(folder, change, workers, cached, tmp_path):
     samples = 3200
-    manifest, bad = data.prepare.prepare(folder, say=lambda line: None)
+    manifest, bad = data.prepare.prepare(folder, log=lambda line: None)
     assert bad == []
     clips = Clips(manifest, RATE, samples, seed=5, cache=WaveCache(tmp_path / "audio", RATE) if cached else None)
     rows = np.arange(len(manifest))
@@ -386,7 +386,7 @@ def test_a_file_that_changes_is_named_and_not_replaced(folder, change, workers, 
 
 
 def test_a_batch_of_nothing_but_lost_files(folder):
-    manifest, _ = data.prepare.prepare(folder, say=lambda line: None)
+    manifest, _ = data.prepare.prepare(folder, log=lambda line: None)
     clips = Clips(manifest, RATE, 3200)
     for row in range(4):
         vanish(manifest.root / manifest.paths[row])
