@@ -30,7 +30,7 @@ DAMAGED = (
 BAD_NAMES = (None, errno.ENAMETOOLONG, errno.EILSEQ)  # errno of an OSError caused by an archive
 
 
-class BadArchive(DataError):
+class ArchiveError(DataError):
     """An archive that is not the expected one, so that it is of no more use."""
 
 
@@ -42,44 +42,45 @@ class _Member(NamedTuple):
 
 
 def check_archive(path: Path, size: int | None, digest: str | None) -> None:
-    """Raise BadArchive if a file does not have the published size (bytes) and digest.
+    """Raise ArchiveError if a file does not have the published size (bytes) and digest.
 
     digest: "sha256:..." or "md5:...". What is None is not compared.
     """
     actual_size = path.stat().st_size
     if size not in (None, actual_size):
-        raise BadArchive(f"has {actual_size} bytes, but {size} are published")
+        raise ArchiveError(f"has {actual_size} bytes, but {size} are published")
     if digest:
         kind, expected = digest.split(":")
         with open(path, "rb") as file:
             hasher = hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=False))
         if hasher.hexdigest() != expected:
-            raise BadArchive(f"has {kind} {hasher.hexdigest()}, but {expected} is published")
+            raise ArchiveError(f"has {kind} {hasher.hexdigest()}, but {expected} is published")
 
 
 def unpack(path: Path, home: Path, marker: str, title: str, max_bytes: float) -> None:
     """Unpack an archive and rename the folder in it that contains the file `marker` to `home`.
 
-    Nothing is written outside a temporary folder beside `home`. Links are skipped. Raises
-    BadArchive if the archive is damaged, has no `marker`, would unpack to more than `max_bytes`, or
-    contains a path or link that leads outside, or a device.
+    Nothing is written outside a temporary folder beside `home`. Links are skipped.
+
+    Raises ArchiveError if the archive is damaged, has no `marker`, would unpack to more than
+    `max_bytes`, or contains a path or link that leads outside, or a device.
     """
     with tempfile.TemporaryDirectory(dir=home.parent, prefix=f".{home.name}-") as temporary:
         top = Path(temporary) / "top"  # the temporary folder itself is closed to other users
         top.mkdir()
         try:
             _extract(path, top, max_bytes)
-        except BadArchive:
+        except ArchiveError:
             raise
         except (*DAMAGED, OSError) as error:
             if not isinstance(error, DAMAGED) and error.errno not in BAD_NAMES:
                 raise  # the disk has failed, not the archive
             reason = " ".join(str(error).split())[:120]
-            raise BadArchive(f"cannot be unpacked, it is damaged ({reason})") from None
+            raise ArchiveError(f"cannot be unpacked, it is damaged ({reason})") from None
         candidates = [top, *sorted(top.iterdir())]
         found = next((folder for folder in candidates if (folder / marker).is_file()), None)
         if found is None:
-            raise BadArchive(f"has no {marker} in it, so it is not {title}")
+            raise ArchiveError(f"has no {marker} in it, so it is not {title}")
         os.sync()  # the files must be on the disk before the folder has its name
         os.rename(found, home)
 
@@ -94,10 +95,10 @@ def _extract(path, top, max_bytes):
         for number, member in enumerate(bar):
             total += member.size
             if total > max_bytes or number >= MAX_FILES:
-                raise BadArchive(f"unpacks to more than {max_bytes / 1e9:.1f} GB or {MAX_FILES} "
+                raise ArchiveError(f"unpacks to more than {max_bytes / 1e9:.1f} GB or {MAX_FILES} "
                                  "files, far more than the data set has")
             if _leads_outside(member.name) or member.kind == "other":
-                raise BadArchive(f"contains {member.name[:120]}, which is outside its folder, a "
+                raise ArchiveError(f"contains {member.name[:120]}, which is outside its folder, a "
                                  "link that leads outside, or a device")
             target = top / member.name
             if member.kind == "folder":
@@ -158,8 +159,7 @@ def _tar_member(archive, info):
         kind = "folder"
     elif info.isreg():
         kind = "file"
-    elif info.issym() and not _link_leads_outside(info.name, info.linkname):
-        kind = "link"
-    elif info.islnk() and not _link_leads_outside("", info.linkname):
-        kind = "link"
+    elif info.issym() or info.islnk():
+        base = info.name if info.issym() else ""  # hard links are relative to the archive
+        kind = "other" if _link_leads_outside(base, info.linkname) else "link"
     return _Member(info.name, kind, info.size, lambda: archive.extractfile(info))

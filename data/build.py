@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from util import printable, summarize
+from util import plural, printable, summarize
 
 from .grouping import factorize, group_by_name, merge_groups
 from .manifest import DataError, LabelSet, Manifest
@@ -113,5 +113,6 @@ def _number_label_sets(label_names, class_of):
     if not n_several and not n_unknown:
         return None, []
     most = max(len(label_set.present) for label_set in sets)
-    return sets, [f"several labels: {n_several} of {len(sets)} clips, {most} at most; secondary "
-                  f"labels, neither present nor absent: {n_unknown} clips"]
+    return sets, [f"several labels: {n_several} of {plural(len(sets), 'clip')}, at most {most} per "
+                  "clip; secondary labels, neither present nor absent: "
+                  f"{plural(n_unknown, 'clip')}"]

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from util import write_json
 
-from .archive import BadArchive
+from .archive import ArchiveError
 
 TRIES = 4  # in a row without progress
 PAUSE = 1.0  # seconds before the second try; doubled before each further one
@@ -22,7 +22,7 @@ TIMEOUT = 60  # seconds without a byte
 PROGRESS = 10 << 20  # bytes that a try must bring to start the count of tries again
 
 
-class Unreachable(Exception):
+class DownloadError(Exception):
     """A download that failed; the message is the last reason."""
 
 
@@ -30,8 +30,8 @@ def download(url: str, part: Path, size: int | None, max_bytes: int, title: str,
              log: Callable[[str], None]) -> None:
     """Download all bytes of `url` to the file `part`, which may have the first ones already.
 
-    size: the published size in bytes, if there is one. Raises Unreachable, or BadArchive if it is
-    not the expected file.
+    size: the published size in bytes, if there is one. Raises DownloadError, or ArchiveError if it
+    is not the expected file.
     """
     n_tries = 0
     most = size_of(part)
@@ -54,7 +54,7 @@ def download(url: str, part: Path, size: int | None, max_bytes: int, title: str,
         n_tries = 1 if size_of(part) >= most + PROGRESS else n_tries + 1
         most = max(most, size_of(part))
         if is_final or n_tries >= TRIES:
-            raise Unreachable(reason)
+            raise DownloadError(reason)
         pause = PAUSE * 2 ** (n_tries - 1)
         log(f"  {reason}; trying again in {pause:g} s")
         time.sleep(pause)
@@ -120,7 +120,7 @@ def _request(url, part, size, max_bytes, title):
             length = response.headers.get("Content-Length")
             total = int(length) if length and length.isdecimal() else None
             if size is not None and total is not None and total != size:
-                raise BadArchive(f"{url} offers {total} bytes, but {size} are published")
+                raise ArchiveError(f"{url} offers {total} bytes, but {size} are published")
             write_json(_origin_path(part), {"url": url, "mark": mark, "total": total})
         n_bytes = _append(response, url, part, n_bytes, total, max_bytes, title)
         if total is None:
@@ -146,5 +146,5 @@ def _append(response, url, part, n_bytes, total, max_bytes, title):
             n_bytes += len(block)
             bar.update(len(block))
             if n_bytes > max_bytes:
-                raise BadArchive(f"{url} sends more than the {max_bytes} bytes it should have")
+                raise ArchiveError(f"{url} sends more than the {max_bytes} bytes it should have")
     return n_bytes

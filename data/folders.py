@@ -4,6 +4,8 @@ from collections import Counter
 from pathlib import Path
 from sys import intern
 
+from util import plural
+
 from .audio import AUDIO_SUFFIXES
 from .build import build_manifest
 from .files import find_audio, suffix
@@ -27,21 +29,22 @@ def load_folder(folder: Path) -> Manifest:
         tops.remove(NOISE_FOLDER)
         n_all = len(paths)
         paths = [path for path in paths if not path.startswith(NOISE_FOLDER + "/")]
-        notes.append(f"left out: {n_all - len(paths)} recordings in {NOISE_FOLDER}, which is not a "
-                     f"class; to mix them in: --noise-p 0.5 --noise-dir {folder / NOISE_FOLDER}")
+        n_noise = plural(n_all - len(paths), "recording")
+        notes.append(f"left out: {n_noise} in {NOISE_FOLDER}, which is not a class; to mix them "
+                     f"in: --noise-p 0.5 --noise-dir {folder / NOISE_FOLDER}")
     used = {path.split("/", 1)[0] for path in paths}
     paths, split, class_level, loose_in_splits = _find_splits(folder, names, used, paths, notes)
     loose += loose_in_splits
     _refuse_without_clips(folder, paths, loose, ignored)
 
     if loose:
-        notes.append(f"left out: {len(loose)} audio files outside any class folder, e.g. "
+        notes.append(f"left out: {plural(len(loose), 'audio file')} outside any class folder, e.g. "
                      f"{loose[0]}")
     if len(used) < len(tops):
         empty = [top for top in tops if top not in used]
         notes.append(f"folders without audio: {', '.join(empty)}")
     if ignored:
-        notes.append(f"left out: {sum(ignored.values())} files that are not audio "
+        notes.append(f"left out: {plural(sum(ignored.values()), 'file')} without an audio suffix "
                      f"({_count_suffixes(ignored)})")
     notes += [f"{name} is not read; give it as --data to use it"
               for name in names if suffix(name) == ".csv"]
@@ -50,7 +53,7 @@ def load_folder(folder: Path) -> Manifest:
 
 
 def _list_folder(folder):
-    """-> (names in the folder, folders, audio files, audio paths in the folders, other suffixes)."""
+    """-> (all names, folders, audio files beside them, audio paths in them, other suffixes)."""
     ignored = Counter()
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))

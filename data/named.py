@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .archive import BadArchive, check_archive, unpack
-from .download import Unreachable, discard, download, size_of
+from .archive import ArchiveError, check_archive, unpack
+from .download import DownloadError, discard, download, size_of
 from .manifest import DataError
 
 SPACE_FACTOR = 2.5  # an archive and its content take this many times its size: audio packs badly
@@ -155,13 +155,13 @@ def _fetch_archive(name, source, folder, log):
         log(f"data: unpacking {path}")
         check_archive(path, source.size, source.digest)
         unpack(path, folder / name, source.marker, source.title, max_bytes)
-    except Unreachable as error:
+    except DownloadError as error:
         resume = ""
         if size_of(part):
             resume = f"start again to continue after the first {size_of(part)} bytes, or "
         raise DataError(
             f"--data {name}: {url} cannot be fetched ({error}); {resume}{by_hand}") from None
-    except BadArchive as error:
+    except ArchiveError as error:
         if is_by_hand:
             fix = f"replace it by the one at {url}, or remove it to have that fetched"
         else:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from util import atomic_write, printable, sha256_of
+from util import atomic_write, plural, printable, sha256_of
 
 from . import scan_index
 from .audio import AudioError, check, probe
@@ -85,8 +85,8 @@ def summary(scan: Scan, manifest: Manifest) -> list[str]:
     ok = scan.ok
     hours = scan.duration.sum(dtype=float) / 3600
     verb = "decoded" if scan.full else "opened"
-    lines = [f"{len(manifest)} clips in {scan.n_files} files, {hours:.2f} h; {scan.n_opened} files "
-             f"{verb} in {scan.seconds:.1f} s"]
+    lines = [f"{plural(len(manifest), 'clip')} in {plural(scan.n_files, 'file')}, {hours:.2f} h; "
+             f"{verb} {plural(scan.n_opened, 'file')} in {scan.seconds:.1f} s"]
     if ok.any():
         shortest, median, longest = np.quantile(scan.duration[ok], [0, 0.5, 1])
         lines.append(f"length {shortest:.2f} / {median:.2f} / {longest:.2f} s (shortest / median / "
@@ -95,17 +95,20 @@ def summary(scan: Scan, manifest: Manifest) -> list[str]:
                      f"{_count_values(scan.channels[ok], ' channel(s)')}")
     n_cut = int((manifest.end[ok] > manifest.start[ok] + scan.duration[ok] + 0.05).sum())
     if n_cut:
-        lines.append(f"{n_cut} clips end after their file does and are cut there")
+        lines.append(f"cut at the end of their file: {plural(n_cut, 'clip')}")
     if scan.reasons:
         examples = [f"{manifest.paths[row]}: {scan.reasons[row]}" for row in sorted(scan.reasons)]
         if len(examples) > 3:
             examples[3:] = ["..."]
-        lines.append(f"left out: {len(scan.reasons)} unreadable clips: {'; '.join(examples)}")
+        n_bad = plural(len(scan.reasons), "unreadable clip")
+        lines.append(f"left out: {n_bad}: {'; '.join(examples)}")
     if scan.duplicates:
         distinct = [dict.fromkeys(manifest.paths[row] for row in rows) for rows in scan.duplicates]
         n_copies = sum(len(paths) - 1 for paths in distinct)
         first, second = list(distinct[0])[:2]
-        lines.append(f"{n_copies} files are byte-identical to another, e.g. {first} = {second}")
+        verb = "is" if n_copies == 1 else "are"
+        lines.append(f"{plural(n_copies, 'file')} {verb} byte-identical to another, e.g. {first} = "
+                     f"{second}")
     return [printable(line) for line in lines + scan.notes]
 
 

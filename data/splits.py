@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from util import atomic_write, printable, summarize
+from util import atomic_write, plural, printable, summarize
 
 from .grouping import indices_by_value
 from .manifest import SPLITS, DataError, Manifest
@@ -63,8 +63,8 @@ def assign_splits(manifest: Manifest, duplicates: Sequence[Sequence[int]], val: 
             lines.append(f"{names} made out of train with seed {seed}")
     _check_train_has_all_classes(manifest)
     sizes = ", ".join(f"{len(manifest.rows(name))} {name}" for name in SPLITS)
-    lines.append(f"split: {sizes} clips; {manifest.group.max() + 1} groups "
-                 f"({manifest.group_source})")
+    n_groups = plural(int(manifest.group.max()) + 1, "group")
+    lines.append(f"split: {sizes} clips; {n_groups} ({manifest.group_source})")
     return [printable(line) for line in lines]
 
 
@@ -113,17 +113,17 @@ def audit(manifest: Manifest, duplicates: Sequence[Sequence[int]]) -> list[str]:
             stretch = (number, float(manifest.start[row]), str(manifest.end[row]))
             equal_stretches.setdefault(stretch, []).append(row)
     checks = [
-        ("sets of byte-identical files in two splits", duplicates, split),
-        (f"groups ({manifest.group_source}) in two splits", _divided_groups(manifest), split),
-        ("sets of byte-identical files with two labels", equal_stretches.values(),
+        ("set", "of byte-identical files in two splits", duplicates, split),
+        ("group", f"({manifest.group_source}) in two splits", _divided_groups(manifest), split),
+        ("set", "of byte-identical files with two labels", equal_stretches.values(),
          manifest.label_text),
     ]
     lines = []
-    for problem, sets, value_of in checks:
+    for noun, problem, sets, value_of in checks:
         pairs = _differing_pairs(sets, value_of)
         if pairs:
             first, second = pairs[0]
-            lines.append(f"{len(pairs)} {problem}, e.g. {manifest.paths[first]} "
+            lines.append(f"{plural(len(pairs), noun)} {problem}, e.g. {manifest.paths[first]} "
                          f"({value_of(first)}) and {manifest.paths[second]} ({value_of(second)})")
     return [printable(line) for line in lines]
 
@@ -167,8 +167,9 @@ def drop_rare(manifest: Manifest, minimum: int) -> tuple[Manifest, list[str]]:
     new_index = np.where(is_frequent, np.cumsum(is_frequent) - 1, -1)
     smaller = manifest.with_classes(classes, new_index)
     rare = [f"{manifest.classes[c]} ({counts[c]})" for c in np.flatnonzero(~is_frequent)]
-    line = (f"left out: {len(rare)} classes with fewer than {minimum} clips, "
-            f"{len(manifest) - len(smaller)} clips in all: {summarize(rare)}")
+    n_lost = plural(len(manifest) - len(smaller), "clip")
+    line = (f"left out: {len(rare)} of {len(counts)} classes, with fewer than {minimum} clips each "
+            f"({n_lost} in all): {summarize(rare)}")
     return smaller, [line]
 
 

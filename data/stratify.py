@@ -189,7 +189,7 @@ def _describe_gaps(manifest, units, split_of_unit, new):
     n_units = {c: len(entries) for c, entries in sorted(units.entries_of.items())}
     undivided = [manifest.classes[c] for c, n in n_units.items() if n == 1]
     if undivided:
-        lines.append(f"in train only, since all their clips are in one group: "
+        lines.append("in train only, since all their clips are in one group: "
                      f"{summarize(undivided)}")
     tested = set(units.label[split_of_unit[units.unit] == TEST].tolist())
     untested = [manifest.classes[c] for c, n in n_units.items() if n > 1 and c not in tested]

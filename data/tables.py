@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from util import plural
+
 from .build import build_manifest
-from .csv_table import Table, column_name, read_table
+from .csv_table import column_name, read_table
 from .folders import SPLIT_WORDS
 from .locate import locate_files
 from .manifest import DataError, Manifest
@@ -52,7 +54,7 @@ def load_table(path: Path, audio_dir: str | os.PathLike | None,
 
     rows = _distinct_rows(table, columns, fields, paths, start, end)
     if len(rows) < len(paths):
-        notes.append(f"left out: {len(paths) - len(rows)} rows that repeat another row")
+        notes.append(f"left out: {plural(len(paths) - len(rows), 'repeated row')}")
     fields = {role: [values[row] for row in rows] for role, values in fields.items()}
     name = path.parent.parent.name if path.parent.name in ("meta", "metadata") else path.stem
     group_source = f"column {table.header[columns['group']]}" if "group" in columns else None
@@ -94,7 +96,7 @@ def _choose_columns(table):
             candidates.sort(key=lambda i: _has_few_names(table, i))
         if role == "group":
             candidates = _usable_groups(table, candidates, notes)
-        if role in ("start", "end") and URBANSOUND_COLUMNS <= set(names):
+        if role in ("start", "end") and URBANSOUND_COLUMNS.issubset(names):
             continue
         if candidates:
             i = candidates[0]

@@ -14,6 +14,8 @@ import os
 import re
 from collections import Counter
 
+from util import plural
+
 from .csv_table import Table
 from .files import find_audio
 
@@ -62,7 +64,7 @@ def join_recordings(table: Table, root: str) -> tuple[Table, list[str]] | None:
     notes = [f"Xeno-Canto metadata: {label_source} is the label; recordings are found by their "
              "catalogue numbers"]
     if missing:
-        notes.append(f"left out: {len(missing)} of {len(table.rows)} recordings that are not in "
+        notes.append(f"left out: {len(missing)} of {plural(len(table.rows), 'recording')}, not in "
                      f"{root}, e.g. {missing[0]}")
     header = ["path", "label", "recordist", *(table.header[i] for i in kept_columns)]
     return Table(table.path, header, row_numbers, rows), notes
