@@ -66,7 +66,7 @@ def timed_run(args, cache, folder):
 
 def data_path(args, folder):
     """Clips a second of each way to load the training crops of one epoch."""
-    manifest, _ = prepare(args.data, cache_dir=folder / "cache", say=lambda line: None)
+    manifest, _ = prepare(args.data, cache_dir=folder / "cache", log=lambda line: None)
     rows = manifest.rows("train")[:args.clips]
     kept = Clips(manifest, RATE, SAMPLES, cache=WaveCache(folder / "cache" / "audio", RATE))
     resident = Clips(manifest, RATE, SAMPLES, cache=kept.cache)

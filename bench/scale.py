@@ -38,7 +38,7 @@ def child(folder):
     from data.clips import Clips, TrainLoader
     from data.prepare import prepare
     before, started = resident(), time.perf_counter()
-    manifest, _ = prepare(folder, how="headers", cache_dir=Path(folder).parent, say=lambda line: None)
+    manifest, _ = prepare(folder, scan_mode="headers", cache_dir=Path(folder).parent, log=lambda line: None)
     ready, grown = time.perf_counter() - started, resident() - before
     strings = sum(sys.getsizeof(path) for path in manifest.paths)
     columns = sum(column.nbytes for column in vars(manifest).values() if isinstance(column, np.ndarray))

@@ -13,7 +13,7 @@ from core.precision import Precision
 from data.augment import Augment
 from data.cache import WaveCache
 from data.clips import Batch, Clips, evaluation_batches
-from data.manifest import load_manifest
+from data.load import load_manifest
 from data.scan import scan
 from evaluate import window_scores
 from losses import FocalLoss

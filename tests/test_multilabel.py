@@ -22,7 +22,8 @@ from core.checkpoint import load_checkpoint, save_checkpoint
 from core.metrics import SEVERAL, evaluate_scores, per_class, point_metrics, recall_by_frequency, resample_counts
 from data.augment import Augment
 from data.clips import Clips
-from data.manifest import DataError, Manifest, load_manifest
+from data.load import load_manifest
+from data.manifest import DataError, Manifest
 from data.prepare import prepare
 from data.splits import assign_splits, audit, drop_rare, split_hash, write_split
 from losses import SIGMOID, build_loss, hits
@@ -83,9 +84,9 @@ def test_secondary_labels_are_neither_present_nor_absent(tmp_path):
     assert held(found) == {"a.wav": (["owl"], ["wren"]), "b.wav": (["wren"], []), "c.wav": (["wren"], []), "d.wav": (["owl"], [])}
     np.testing.assert_array_equal(found.targets([0, 1]), [[1, np.nan], [0, 1]])
     assert "secondary labels left out, since no clip has them as its own: tit" in found.notes
-    known = load_manifest(tmp_path / "clips.csv", known=["owl", "tit", "wren"])
+    known = load_manifest(tmp_path / "clips.csv", known_classes=["owl", "tit", "wren"])
     assert held(known)["a.wav"] == (["owl"], ["tit", "wren"])
-    single = found.one_label()
+    single = found.single_label()
     assert not single.multi_label and single.labels.tolist() == [0, 1, 1, 0] and "not used by a softmax" in single.notes[-1]
     for column in ("unknown", "ignore", "Secondary Labels"):
         found = load_manifest(table(tmp_path, f"path,label,{column}\na.wav,owl;tit,wren;tit\nb.wav,wren,\n"))
@@ -140,7 +141,7 @@ def drawn(n=400, classes=8, seed=0):
     zeros = np.zeros(n, np.int32)
     found = Manifest("m", "/", [f"c{i}" for i in range(classes)], [f"{i:03d}.wav" for i in range(n)], zeros,
                      zeros.astype(np.float32), np.full(n, np.nan, np.float32), np.arange(n, dtype=np.int32) // 2, "column group",
-                     np.full(n, -1, np.int8), None, []).with_sets(sets)
+                     np.full(n, -1, np.int8), None, []).with_label_sets(sets)
     truth = np.zeros((n, classes))
     for row, (labels, unknown) in enumerate(sets):
         truth[row, list(unknown)] = np.nan
@@ -152,10 +153,10 @@ def test_targets_counts_and_rows():
     found, truth = drawn()
     np.testing.assert_array_equal(found.targets(np.arange(400)), truth)
     rows = np.array([7, 3, 399])
-    np.testing.assert_array_equal(found.take(rows).targets(np.arange(3)), truth[rows])
+    np.testing.assert_array_equal(found.select(rows).targets(np.arange(3)), truth[rows])
     assert found.counts().tolist() == (truth == 1).sum(0).tolist()
-    assert found.having(np.arange(8) == 7).tolist() == (truth[:, 7] == 1).tolist()
-    assert found.take([]).counts().tolist() == [0] * 8 and found.take([]).targets(np.zeros(0, int)).shape == (0, 8)
+    assert found.rows_with(np.arange(8) == 7).tolist() == (truth[:, 7] == 1).tolist()
+    assert found.select([]).counts().tolist() == [0] * 8 and found.select([]).targets(np.zeros(0, int)).shape == (0, 8)
 
 
 def test_every_class_is_split_by_its_share_wherever_it_stands_in_the_cell():
@@ -186,12 +187,12 @@ def test_rare_classes_leave_the_sets(tmp_path):
                              "5.wav": (["b", "a"], [])}
     assert smaller.classes == ["a", "b"] and smaller.labels.tolist() == [0, 1, 1, 0, 1]
     assert "r (2), s (1)" in lines[0] and "1 clips in all" in lines[0]
-    assert found.having(found.counts() >= 3).tolist() == [True, True, True, False, True, True]
+    assert found.rows_with(found.counts() >= 3).tolist() == [True, True, True, False, True, True]
 
 
 def test_split_csv_can_be_read_again(tmp_path):
     found, truth = drawn(60)
-    found = found.relabelled(found.classes, np.arange(8))  # with_sets again: the same
+    found = found.with_classes(found.classes, np.arange(8))  # with_sets again: the same
     assign_splits(found, [])
     write_split(found, tmp_path / "split.csv")
     for path in found.paths:
@@ -676,7 +677,7 @@ def test_rare_classes_are_left_out_by_all_their_clips(mixtures, tmp_path):
     (tmp_path / copy.split(",")[0]).symlink_to(mixtures / "9.wav")
     record(tmp_path, 9, ["low"], 7, "few")
     (tmp_path / "few9.wav").rename(tmp_path / "00few.wav")
-    found, _ = prepare(tmp_path / "c.csv", min_clips=4, cache_dir=tmp_path / "cache", say=lambda line: None, several=True)
+    found, _ = prepare(tmp_path / "c.csv", min_clips=4, cache_dir=tmp_path / "cache", log=lambda line: None, several=True)
     assert found.classes == ["high", "low", "mid", "some"] and len(found) == 91 and found.counts()[3] == 5
     one, other = found.paths.index("9.wav"), found.paths.index("9_copy.wav")
     assert found.split[one] == found.split[other]  # the same file stays in one split, though a row before it is gone
