@@ -31,7 +31,7 @@ from data.manifest import SPLITS, DataError, Manifest, load_manifest
 from data.named import credit, find_data
 from data.prepare import cache_folder
 from data.scan import printable, scan
-from losses import SIGMOID, build_loss, hits as hits_of
+from losses import SIGMOID_LOSSES, build_loss, is_correct as hits_of
 from model.ast import AST, ASTConfig
 from model.frontend import FrontendConfig, build_frontend
 from model.relevance import patch_relevance
@@ -344,7 +344,7 @@ def evaluation_data(state, data, audio_dir, split):
         own = Manifest.from_dict(state["manifest"])
         if own.classes != state["classes"]:
             raise ValueError("the classes of its manifest are not its own")
-        if own.multi_label and state["loss"]["name"] not in SIGMOID:
+        if own.multi_label and state["loss"]["name"] not in SIGMOID_LOSSES:
             raise ValueError("its manifest has several labels a clip, which its loss cannot learn")
     if data is not None:
         other = load_manifest(data, audio_dir, own.classes)

@@ -47,7 +47,7 @@ from data.scan import write_bad_files
 from data.splits import split_hash, write_split
 from evaluate import (Evaluation, calibration_of, decisions, escape_names, evaluate, fail, pooled_results, restore, result_lines,
                       weights_of, write_report, write_results)
-from losses import SIGMOID, balanced_alpha, build_loss, hits, soft_target
+from losses import SIGMOID_LOSSES, balanced_alpha, build_loss, is_correct, soft_target
 from model.ast import AST, ASTConfig
 from model.frontend import FrontendConfig, build_frontend
 from model.groups import freeze_backbone, parameter_groups
@@ -133,7 +133,7 @@ def parse(argv=None, source=""):
     add("--layer-decay", type=float, default=1.0, help="LR of each block as a share of the next one's")
     add("--weight-decay", type=float, default=1e-2, help="AdamW's, none on biases, norms, tokens, positions")
     add("--clip-grad", type=float, default=1.0, help="largest gradient norm (0: no clipping)")
-    add("--loss", default="focal", choices=("focal", "ce", *SIGMOID), help="loss; bce and focal-bce take each class for itself, "
+    add("--loss", default="focal", choices=("focal", "ce", *SIGMOID_LOSSES), help="loss; bce and focal-bce take each class for itself, "
         "for clips that may have several labels (in a CSV as a;b)")
     add("--gamma", type=float, default=2.0, help="focal losses: focus")
     add("--alpha", default="none", help="focal loss: class weight: none, a number, or balanced by class frequency; focal-bce: "
@@ -216,7 +216,7 @@ def check_flags(parser, args, given):
                      f"{micro_batches * size}")
     if args.warmup_epochs > args.epochs:
         parser.error(f"--warmup-epochs {args.warmup_epochs:g}: longer than the run of --epochs {args.epochs}; lower it")
-    if args.logit_adjust and args.loss in SIGMOID:
+    if args.logit_adjust and args.loss in SIGMOID_LOSSES:
         parser.error("--logit-adjust: belongs to a softmax loss; use --loss focal or ce")
     if args.noise_dir and not args.noise_p:
         parser.error("--noise-dir: does nothing without --noise-p; give it, 0.5 for instance")
@@ -322,7 +322,7 @@ def accumulate(t, window, epoch, clips):
                     logits = t.forward(spec[piece], *(None if draw is None else draw[piece] for draw in draws))
                 loss = t.loss_fn(logits, target[piece])  # per clip, float32
                 t.precision.scaler.scale(loss.sum() / clips).backward()
-                right = hits(logits, target[piece])
+                right = is_correct(logits, target[piece])
                 sums = sums + torch.stack([loss.detach().sum(), right.sum()]).float()
                 losses.append((batch.rows[piece], loss.detach()))
     return sums, losses
@@ -426,12 +426,12 @@ def main(argv=None):
     if state is None:
         manifest, bad_files = ranks.once(lambda: prepare(args.data, args.audio_dir, args.fold, args.min_clips,
                                                          args.max_bad_share, args.scan, args.seed, args.cache_dir,
-                                                         several=args.loss in SIGMOID))
+                                                         several=args.loss in SIGMOID_LOSSES))
     else:
         with reading(state.path):
             manifest = Manifest.from_dict(state["manifest"])
             bad_files = [(path, reason) for path, reason in state["bad_files"]]
-            if manifest.multi_label and args.loss not in SIGMOID:
+            if manifest.multi_label and args.loss not in SIGMOID_LOSSES:
                 raise ValueError("its manifest has several labels a clip, which its loss cannot learn")
     rows = {split: manifest.rows(split) for split in ("train", "val", "test")}
     print("".join(f"  {line}\n" for line in credit(manifest.root)), end="")

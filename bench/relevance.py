@@ -93,7 +93,7 @@ def score(values, target):
 
 
 def probability_left(model, spec, target, order, share):
-    """(B,): the target's probability without the first `share` of `order`, divided by that with all."""
+    """The target's probability without the first `share` of `order`, over that with all: (B,)."""
     remaining = order[:, round(order.shape[1] * share):].sort(dim=1)[0]
     without = score(model(spec, patch_ids=remaining).softmax(dim=1), target)
     return without / score(model(spec).softmax(dim=1), target)

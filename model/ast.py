@@ -148,7 +148,7 @@ class Block(nn.Module):
 
 
 class AST(nn.Module):
-    """Audio Spectrogram Transformer: x (B, n_mels, frames) from a front end -> (B, n_classes) logits.
+    """Audio Spectrogram Transformer: x (B, n_mels, frames) -> logits (B, n_classes).
 
     drop_noise: (B, 2 * depth), uniform in [0, 1): decides which branches drop-path drops in a clip.
         If the caller derives it from the clip, a clip is treated alike in any batch, on any rank.
@@ -202,7 +202,7 @@ class AST(nn.Module):
         return self.pool(x)
 
     def embed(self, x: Tensor, patch_ids: Tensor | None = None) -> Tensor:
-        """(B, n_mels, frames) -> tokens with positions (B, N, dim): cls, dist, patches row by row."""
+        """(B, n_mels, frames) -> (B, N, dim), with positions: cls, dist, patches row by row."""
         self._check_shape(x)
         x = self.patch_embed(x.unsqueeze(1))  # (B, dim, rows, columns)
         positions = fit_positions(self.pos_embed, self.config.grid, x.shape[2:])
