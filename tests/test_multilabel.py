@@ -26,7 +26,7 @@ from data.load import load_manifest
 from data.manifest import DataError, Manifest
 from data.prepare import prepare
 from data.splits import assign_splits, audit, drop_rare, split_hash, write_split
-from losses import SIGMOID, build_loss, hits
+from losses import SIGMOID_LOSSES, build_loss, is_correct
 from report import pictures
 from report.compare import CompareError, compare
 from tests.faults.harness import outcome, rows, stop_at
@@ -247,7 +247,7 @@ def test_focal_bce_of_soft_labels_by_its_formula_in_float64():
     torch.testing.assert_close(build_loss("focal-bce")(LOGITS, index), build_loss("focal-bce")(LOGITS, torch.eye(5)[index]))
 
 
-@pytest.mark.parametrize("name", SIGMOID)
+@pytest.mark.parametrize("name", SIGMOID_LOSSES)
 def test_unknown_labels_change_neither_loss_nor_gradient(name):
     target = HARD.clone()
     target[0, :2] = target[3, 4] = torch.nan
@@ -283,9 +283,9 @@ def test_hits():
     nan = torch.nan
     logits = torch.tensor([[3.0, 2, 1], [3, 2, 1], [3, 2, 1], [1, 2, 3], [3, 2, 1]])
     target = torch.tensor([[1.0, 1, 0], [0, 1, 1], [nan, 1, 0], [0.3, 0.7, 0.7], [0.4, 0.6, 1]])
-    assert hits(logits, target).tolist() == [True, False, True, True, False]
+    assert is_correct(logits, target).tolist() == [True, False, True, True, False]
     index = torch.tensor([0, 1, 2, 2, 0])
-    assert hits(logits, index).tolist() == (logits.argmax(1) == index).tolist()
+    assert is_correct(logits, index).tolist() == (logits.argmax(1) == index).tolist()
 
 
 def test_mixup_keeps_what_is_unknown_in_either_and_leaves_the_others_alone():
