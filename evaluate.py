@@ -23,7 +23,7 @@ from data.manifest import SPLITS, DataError, Manifest
 from data.named import credit, find_data
 from data.prepare import cache_folder
 from data.scan import scan
-from data.tables import load_manifest
+from data.load import load_manifest
 from losses import SIGMOID_LOSSES, build_loss
 from report.results import result_lines, write_results
 from util import summarize

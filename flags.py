@@ -159,7 +159,7 @@ def _add_training_flags(add):
         f"(default: {DEFAULT_EFFECTIVE_BATCH}, or the next multiple of the batch size)")
     add("--lr-backbone", 5e-5, number(0, 100), "base learning rate of the transformer")
     add("--lr-head", 1e-3, number(0, 100), "base learning rate of the classifier")
-    add("--schedule", "cosine", SHAPES, "shape of the learning rates after the warm-up")
+    add("--schedule", "cosine", list(SHAPES), "shape of the learning rates after the warm-up")
     add("--min-lr-ratio", 0.0, SHARE, "end of the schedule, as a share of the base")
     add("--weight-decay", 1e-2, number(0, 100), "AdamW's; not on biases, norms, tokens, positions")
     add("--clip-grad", 1.0, number(0), "largest gradient norm (0: no clipping)")

@@ -57,7 +57,7 @@ def ending_of(error: Exception) -> tuple[int, str] | None:
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return INVALID_INPUT, (f"{error.filename or 'a result file'}: cannot be written "
                                f"({error.strerror}); free some space or permit writing, then "
-                               "continue")
+                               "give the same command again (train.py: with --resume)")
     return None
 
 

@@ -29,7 +29,8 @@ from .audio import (
     tile_starts,
 )
 from .manifest import DataError
-from .scan import WORKERS, audio_below
+from .files import find_audio
+from .scan import WORKERS
 
 BLOCK = 1 << 16  # frames decoded at a time, or one window if that is longer
 BATCHES_PER_GROUP = 8  # see `number_groups`
@@ -121,7 +122,7 @@ def _audio_in(folder, ignored):
     """Paths of the audio files below an absolute folder, relative to it. Raises DataError."""
     parent, name = os.path.split(folder)
     try:
-        return [path.removeprefix(name + "/") for path in audio_below(parent, name, ignored)]
+        return [path.removeprefix(name + "/") for path in find_audio(parent, name, ignored)]
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}; make it readable "
                         "or remove it") from None

@@ -68,7 +68,8 @@ class RelativeSchedule:
         if shape not in SHAPES:
             raise ValueError(f"schedule shape {shape!r}: use one of {', '.join(SHAPES)}")
         self.optimizer = optimizer
-        self.arguments = (warmup_steps, total_steps, shape, min_ratio)  # of lr_factor
+        self.warmup_steps, self.total_steps = warmup_steps, total_steps
+        self.shape, self.min_ratio = shape, min_ratio
         self.steps = 0
         self.scale = 1.0  # one factor for all groups, below 1 after a rollback
         self.table = None  # on a device: the factor of every step
@@ -82,7 +83,8 @@ class RelativeSchedule:
 
     def factor(self, step: int) -> float:
         """The factor of every group's base learning rate at a step."""
-        return self.scale * lr_factor(step, *self.arguments)
+        return self.scale * lr_factor(step, self.warmup_steps, self.total_steps, self.shape,
+                                      self.min_ratio)
 
     def step(self, happened: bool | torch.Tensor = True) -> None:
         """Advance one step if `happened`: a bool, or a bool tensor on the schedule's device."""
