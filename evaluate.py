@@ -4,7 +4,6 @@ Takes no geometry flags: the checkpoint says what the model, the front end, the 
 Holds `evaluate()`, which validation during training and the test both use.
 """
 import argparse
-import csv
 import json
 import os
 import shlex
@@ -19,12 +18,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 import torch
 from tqdm import tqdm
 
-from core.calibration import HOTTEST, reliability, temper
+from core.calibration import HOTTEST, temper
 from core.checkpoint import CheckpointError, load_checkpoint, reading
 from core.guard import NumbersError
-from core.metrics import METRICS, SEVERAL, confusion, evaluate_scores, per_class, recall_by_frequency
 from core.precision import DeviceError, choose_precision, pick_device
-from core.run import RunError, newest_run, write_json
+from core.run import RunError, newest_run
 from data.cache import WaveCache
 from data.clips import Clips, evaluation_batches
 from data.manifest import SPLITS, DataError, Manifest, load_manifest
@@ -35,7 +33,8 @@ from losses import SIGMOID, build_loss, hits as hits_of
 from model.ast import AST, ASTConfig
 from model.frontend import FrontendConfig, build_frontend
 from model.relevance import patch_relevance
-from report import examples, page, pictures
+from report import examples, page
+from report.results import decisions, pooled_results, result_lines, write_results  # noqa: F401
 
 INPUT_ERRORS = (CheckpointError, DataError, DeviceError, RunError)
 # The report looks for wrong labels among so many training clips, for so many seconds, and for what mattered for so long.
@@ -113,78 +112,6 @@ def evaluate(model, frontend, batches, manifest, rows, loss_fn, precision, stop=
     return Evaluation(rows, labels, scores, losses, broken, tiles[keep], hits[keep])
 
 
-def decisions(scores, calibration):
-    """Sigmoid scores (n, C) -> (n, C) bool: which classes a clip is said to hold, by the thresholds of the checkpoint."""
-    return temper(scores, calibration["temperature"], multi_label=True) >= calibration["thresholds"]
-
-
-def write_results(folder, result, manifest, classes, split, calibration):
-    """Write metrics.json, predictions.csv, scores.npz, per_class.csv and confusion.png into `folder` -> the metrics.
-
-    calibration: what `calibration_of` gives. The figures and scores.npz are of scores as the model gives them, but for what is
-    said of clips that may have several labels (which have no confusion.png): that, and predictions.csv, is of calibrated ones,
-    as predict.py writes them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    several = result.labels.ndim == 2
-    said = decisions(result.scores, calibration) if several else None
-    metrics = {"split": split, **evaluate_scores(result.scores, result.labels, said=said), "loss": float(result.losses.mean()),
-               "unreadable": len(result.broken), "tiles": int(result.tiles.sum()),
-               "tile_accuracy": float(result.hits.sum() / result.tiles.sum())}
-    tempered = temper(result.scores, calibration["temperature"], several)
-    metrics |= {"temperature": calibration["temperature"], "ece": reliability(result.scores, result.labels)[1],
-                "ece_calibrated": reliability(tempered, result.labels)[1]}
-    trained = manifest.rows("train")
-    if len(trained):  # none in other data
-        metrics |= recall_by_frequency(result.scores, result.labels, manifest.take(trained).counts(), said)
-    write_json(folder / "metrics.json", metrics)
-    np.savez(folder / "scores.npz", scores=result.scores.astype(np.float32), labels=result.labels, rows=result.rows,
-             **({"said": said} if several else {}))
-    best = np.argsort(-tempered, axis=1, kind="stable")[:, :5]
-    with open(folder / "predictions.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        out = csv.writer(file)
-        out.writerow("path start end label prediction confidence top5".split())
-        for i, (row, order, scores) in enumerate(zip(result.rows, best, tempered, strict=True)):
-            end = manifest.end[row]
-            answers = [c for c in order if said[i, c]] + [c for c in np.flatnonzero(said[i]) if c not in order] if several else order[:1]
-            out.writerow([manifest.paths[row], f"{manifest.start[row]:g}", "" if np.isnan(end) else f"{end:g}",
-                          manifest.label_text(row), "; ".join(classes[c] for c in answers), f"{scores[[*answers, order[0]][0]]:.6f}",
-                          "; ".join(f"{classes[i]} {scores[i]:.4f}" for i in order)])
-    with open(folder / "per_class.csv", "w", newline="", encoding="utf-8") as file:
-        out = csv.writer(file)
-        out.writerow("class precision recall f1 ap support confused_with confused_count".split() + ["threshold"] * several)
-        for i, (name, row) in enumerate(zip(classes, per_class(result.scores, result.labels, len(classes), said), strict=True)):
-            other = "" if row["confused_with"] < 0 else classes[row["confused_with"]]
-            figures = ["" if np.isnan(row[key]) else f"{row[key]:.4f}" for key in ("precision", "recall", "f1", "ap")]
-            out.writerow([name, *figures, row["support"], other, row["confused_count"],
-                          *([f"{calibration['thresholds'][i]:.6f}"] if several else [])])
-    if not several:
-        matrix = confusion(result.labels, result.scores.argmax(axis=1), len(classes))
-        pictures.confusion(matrix, classes, folder / "confusion.png")
-    return metrics
-
-
-def result_lines(metrics):
-    """The figures with their 95% bootstrap intervals, for a person."""
-    lines = [f"{metrics['split']}: {metrics['n']} clips"
-             + (f", {metrics['unreadable']} unreadable and left out" if metrics["unreadable"] else "")]
-    for key, name in (("accuracy", "accuracy"), ("balanced_accuracy", "balanced accuracy"), ("macro_f1", "macro F1"),
-                      ("weighted_f1", "weighted F1"), ("map", "mAP"), ("micro_f1", "micro F1")):
-        if key not in metrics:  # of clips with one label micro F1 is the accuracy
-            continue
-        low, high = metrics[f"{key}_ci95"]
-        lines.append(f"  {name:<18} {metrics[key]:.3f}   (95% interval {low:.3f} to {high:.3f})")
-    if metrics["tiles"] > metrics["n"]:
-        lines.append(f"  {'tiles alone':<18} {metrics['tile_accuracy']:.3f}   ({metrics['tiles']} tiles; above, their mean per clip)")
-    lines.append(f"  calibration error  {metrics['ece']:.3f}, {metrics['ece_calibrated']:.3f} at temperature "
-                 f"{metrics['temperature']:.2f} (fitted on validation)")
-    thirds = {name: metrics.get(f"recall_{name}") for name in ("head", "middle", "tail")}
-    if any(value is not None for value in thirds.values()):
-        lines.append("  recall of classes  " + ", ".join(
-            f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in thirds.items())
-            + "   (thirds by number of training clips)")
-    return lines
-
-
 def write_report(out, checkpoint, calibration, epoch, folder, result, model, frontend, clips, loss_fn, precision, batch_size,
                  options=()):
     """Write the page `out` about the results in `folder`, with clips to listen to out of `result` and, where the manifest has
@@ -206,11 +133,9 @@ def write_report(out, checkpoint, calibration, epoch, folder, result, model, fro
         scored, shown = (len(trained.rows), len(rows), int((said != truth).any(axis=1).sum())), listen(trained, kinds)
     if split != "train":
         shown += listen(result, examples.OF_TEST)
-    tempered = temper(result.scores, calibration["temperature"], manifest.multi_label)
-    bins = [reliability(scores, result.labels)[0] for scores in (result.scores, tempered)]
     try:
-        page.write_page(out, checkpoint.parent, folder, shown, bins, scored, manifest.root, frontend.mel_hz.numpy(),
-                        (model.config.patch, model.config.stride), epoch,
+        page.write_page(out, checkpoint.parent, folder, shown, examples.SuspectSearch(*scored), manifest.root,
+                        frontend.mel_hz.numpy(), (model.config.patch, model.config.stride), epoch,
                         shlex.join(["python", "evaluate.py", "--ckpt", str(checkpoint), *options]))
     except OSError as error:
         return f"{out}: cannot be written ({error.strerror}); the results are in {folder}"
@@ -254,29 +179,6 @@ def examples_of(kinds, result, calibration, model, frontend, clips, precision, m
                                   manifest.positives([row])[1].tolist(), np.flatnonzero(said[i]).tolist(), focus, scores[i],
                                   spec[0].cpu().numpy(), relevance, batch.wave[tile].cpu().numpy(), rate))
     return found
-
-
-def pooled_results(folders, out):
-    """The figures over the test folders of all folds: their mean and deviation over the folds, and those of all clips
-    together -> lines for a person. Writes folds.json into `out`."""
-    parts, each = [], []
-    for folder in folders:
-        with np.load(folder / "scores.npz") as file:
-            parts.append([file.get(name) for name in ("scores", "labels", "said")])
-        each.append(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
-    scores, labels, said = (None if part[0] is None else np.concatenate(part) for part in zip(*parts, strict=True))
-    pooled = evaluate_scores(scores, labels, said=said)
-    over, names = {}, METRICS if labels.ndim == 1 else SEVERAL
-    for key in names:
-        values = [metrics[key] for metrics in each]
-        over[key] = {"mean": float(np.mean(values)), "deviation": float(np.std(values, ddof=1)), "folds": values}
-    write_json(out / "folds.json", {"over_folds": over, "pooled": pooled})
-    lines = [f"\n{len(each)} folds, {pooled['n']} clips", "                     mean   deviation over folds   all clips together"]
-    for key in names:
-        low, high = pooled[f"{key}_ci95"]
-        lines.append(f"  {key.replace('_', ' '):<18} {over[key]['mean']:.3f}   {over[key]['deviation']:.3f}                  "
-                     f"{pooled[key]:.3f} (95% interval {low:.3f} to {high:.3f})")
-    return [*lines, f"written: {out}/folds.json"]
 
 
 def weights_of(state):
