@@ -1,4 +1,4 @@
-"""The model card of an exported model: README.md in Markdown, for a reader on the hub or on disk."""
+"""The model card of an exported model: README.md in Markdown, for a reader on a hub or on disk."""
 import string
 from collections.abc import Iterable, Sequence
 

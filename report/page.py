@@ -57,13 +57,13 @@ def write_page(out: str | Path, run_dir: str | Path, results: str | Path,
     folder = Path(os.path.abspath(out.parent))
     clips = confusions.cell_lists(run, examples, folder, root)
     content = {
-        "title": _title(run, root), "run": run, "multi_label": run.multi_label,
-        **_head(run, epoch), "charts": page_charts.training(run),
-        **_classes(run), "clips": clips, "confusions": confusions.confusion_table(run),
+        "run": run, "multi_label": run.multi_label, "title": _title(run, root),
+        **_head(run, epoch), **_classes(run), **_reproduce(run, run_dir, command),
+        "charts": page_charts.training(run), "reliability": page_charts.reliability_diagram(run),
+        "confusions": confusions.confusion_table(run), "clips": clips,
         "most_per_cell": confusions.MOST_PER_CELL, "most_clips": confusions.MOST_CLIPS,
-        "reliability": page_charts.reliability_diagram(run), "search": search,
-        "hertz": hertz_ticks(mel_hz), "kinds": KINDS,
-        "cards": cards(run, examples, patch, folder), "megabytes": f"{max_bytes / 2**20:.0f}", **_reproduce(run, run_dir, command)}
+        "kinds": KINDS, "cards": cards(run, examples, patch, folder), "search": search,
+        "hertz": hertz_ticks(mel_hz), "megabytes": f"{max_bytes / 2**20:.0f}"}
     _add_sounds(content, examples, max_bytes)
     with atomic_write(out) as file:
         file.write(_render(content))

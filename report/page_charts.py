@@ -106,11 +106,11 @@ def reliability_diagram(run: Run) -> str:
         (f"uncalibrated, error {metrics['ece']:.3f}", reliability(scores, run.labels)[0]),
         (f"temperature {metrics['temperature']:.2f}, error {metrics['ece_calibrated']:.3f}",
          reliability(calibrated, run.labels)[0])]
-    labels = ("confidence in the prediction", "share correct")
+    labels, unit = ("confidence in the prediction", "share correct"), "clips"
     if run.multi_label:
-        labels = ("score of a class", "share with that label")
+        labels, unit = ("score of a class", "share with that label"), "pairs"
     with svg_figure((5, 5.6)) as figure:
         ax = figure.add_axes((0.15, 0.22, 0.8, 0.68))
         counts_ax = figure.add_axes((0.15, 0.11, 0.8, 0.1))
-        reliability_axes(ax, counts_ax, curves, labels)
+        reliability_axes(ax, counts_ax, curves, labels, unit)
         return Markup(to_svg(figure, "reliability diagram"))

@@ -172,10 +172,10 @@ def thin(x: np.ndarray, y: np.ndarray, n: int = 400) -> tuple[np.ndarray, np.nda
 
 
 def reliability_axes(ax, counts_ax, curves: Sequence[tuple[str, Sequence]],
-                     axis_labels: tuple[str, str]) -> None:
+                     axis_labels: tuple[str, str], unit: str = "clips") -> None:
     """Reliability diagram: share correct over mean confidence, with the number of clips below.
 
-    curves: [(name, [(confidence, share correct, clips)])], at most two.
+    curves: [(name, [(confidence, share correct, n)])], at most two. unit: what n counts.
     """
     from matplotlib.ticker import PercentFormatter
 
@@ -186,14 +186,14 @@ def reliability_axes(ax, counts_ax, curves: Sequence[tuple[str, Sequence]],
         ax.plot(x, y, color=colour, linewidth=1, alpha=0.6)
         dots = ax.scatter(x, y, s=14 + 140 * n / most, color=colour, linewidth=0, clip_on=False,
                           zorder=3, label=name)
-        dots.tooltips = [f"{name}: {clips:,.0f} clips, confidence {confidence:.1%}, "
-                         f"{share:.1%} correct" for confidence, share, clips in zip(x, y, n)]
+        dots.tooltips = [f"{name}: {count:,.0f} {unit}, confidence {confidence:.1%}, "
+                         f"{share:.1%} correct" for confidence, share, count in zip(x, y, n)]
         counts_ax.bar(x + 0.016 * (i - 0.5), n, 0.014, color=colour)
     ax.set(xlim=(0, 1), ylim=(0, 1), ylabel=axis_labels[1])
     ax.tick_params(labelbottom=False)
     ax.grid()
     counts_ax.set(xlim=(0, 1), ylim=(0, 1.05 * most), yticks=[], xlabel=axis_labels[0],
-                  ylabel="clips")
+                  ylabel=unit)
     for axis in (ax.xaxis, ax.yaxis, counts_ax.xaxis):
         axis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), frameon=False, labelcolor="linecolor",

@@ -99,15 +99,18 @@ def to_svg(figure, label: str) -> str:
 
     Colours of PALETTE become the CSS variables of their names, so that the chart follows the
     page's light or dark mode. An artist's attribute `tooltips`, a text for each of its markers,
-    becomes <title> elements. label: what a screen reader says.
+    becomes <title> elements. label: for screen readers; different for each chart of a page.
     """
+    import matplotlib
+
     tooltips = {}
     for i, artist in enumerate(figure.findobj(lambda artist: hasattr(artist, "tooltips"))):
         artist.set_gid(f"tooltips{i}")
         tooltips[f"tooltips{i}"] = artist.tooltips
     file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True,
-                   metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    with matplotlib.rc_context({"svg.hashsalt": label}):  # the same ids every time
+        figure.savefig(file, format="svg", transparent=True,
+                       metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", _XLINK)
     root = ElementTree.fromstring(file.getvalue())

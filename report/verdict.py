@@ -62,8 +62,8 @@ def headline(run: Run) -> tuple[str, str]:
         return title, f"{interval}. {baseline}"
     n_labels, n_predicted, n_correct = (
         int(counts.sum()) for counts in (run.support, run.predicted, run.correct))
-    title = (f"{n_correct / n_labels:.1%} of the {plural(n_labels, 'label')} of {clips} found; "
-             f"{n_correct / max(1, n_predicted):.1%} of the predicted labels are correct.")
+    title = (f"{n_correct / n_labels:.1%} of the {plural(n_labels, 'label')} of {clips} are found "
+             f"and {n_correct / max(1, n_predicted):.1%} of the predicted labels are correct.")
     return title, (f"Accuracy: the highest-scoring class is one of the labels for "
                    f"{metrics['accuracy']:.1%} of the clips ({interval}). {baseline}")
 
