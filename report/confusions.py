@@ -98,20 +98,23 @@ def confusion_table(run: Run) -> dict:
     if len(names) > MOST_CLASSES:
         n_wrong = wrong.sum(axis=0) + wrong.sum(axis=1)
         order = np.sort(np.argsort(-n_wrong, kind="stable")[:MOST_CLASSES])
+    longest = 14 if len(order) <= FITS_PHONE else 20
     pairs = sorted(zip(*np.nonzero(wrong)), key=lambda pair: (-wrong[pair], support[pair[0]]))
     return {
         "n_classes": len(names), "summary": _summary(run, wrong),
         "cell_px": 28 if len(order) <= FITS_PHONE else 22 if len(order) <= 30 else 15,
         "fits": len(order) <= FITS_PHONE, "counted": len(order) <= MOST_COUNTED,
-        "columns": [(names[j], shorten(names[j], 20)) for j in order],
-        "rows": [_row(matrix[i], i, position, order, names) for position, i in enumerate(order)],
+        "columns": [(names[j], shorten(names[j], longest)) for j in order],
+        "rows": [{"name": names[i], "short": shorten(names[i], longest), "support": support[i],
+                  "cells": _cells(matrix[i], i, row, order, names)}
+                 for row, i in enumerate(order)],
         "largest": [{"key": f"{i},{j}", "true": names[i], "predicted": names[j],
                      "n": wrong[i, j], "of": support[i]} for i, j in pairs[:MOST_PAIRS]],
     }
 
 
-def _row(counts, i, position, order, names):
-    """A row of the matrix: its class and its cells in `order`, None if empty."""
+def _cells(counts, i, row, order, names):
+    """The cells of one row of the matrix in `order`, None for an empty one."""
     support = counts.sum()
     cells = []
     for column, j in enumerate(order):
@@ -121,11 +124,11 @@ def _row(counts, i, position, order, names):
         share = counts[j] / support
         what = "classified correctly" if i == j else f"predicted as {printable(names[j])}"
         cells.append({
-            "key": f"{i},{j}", "at": f"{position},{column}", "n": counts[j],
+            "key": f"{i},{j}", "at": f"{row},{column}", "n": counts[j],
             "correct": i == j, "strong": share > 0.4,
             "opacity": 0.12 + 0.88 * share ** 0.6,  # a few percent show beside a strong diagonal
             "label": f"{printable(names[i])} {what}: {counts[j]:,} of {support:,} clips"})
-    return {"name": names[i], "short": shorten(names[i], 20), "support": support, "cells": cells}
+    return cells
 
 
 def _summary(run, wrong):
