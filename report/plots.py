@@ -89,12 +89,13 @@ def line_axes(ax, lines: Sequence[Line], x_label: str, best: float | None = None
 
 def _draw_line(ax, line, x_label, best):
     few = len(line.x) <= MOST_MARKERS
-    artist, = ax.plot(line.x, line.y, color=line.colour, marker="o" if few else "", clip_on=False)
+    height = line.y.clip(*ax.get_ylim())
+    artist, = ax.plot(line.x, height, color=line.colour, marker="o" if few else "", clip_on=False)
     values = [f"{line.name}, {x_label} {x:,.0f}: {y:.4g}" for x, y in zip(line.x, line.y)]
     if few:
         artist.tooltips = values
     for i in np.flatnonzero(line.x == best):
-        ring, = ax.plot(line.x[i], line.y[i], "o", color=line.colour, markersize=8, zorder=3,
+        ring, = ax.plot(line.x[i], height[i], "o", color=line.colour, markersize=8, zorder=3,
                         markerfacecolor=PAPER, markeredgewidth=1.8, clip_on=False)
         ring.tooltips = [values[i]]
 
