@@ -4,7 +4,6 @@ Prints the settings that differ and the test metrics with the paired bootstrap i
 difference, over the test clips that both runs have scored. Draws both runs' curves into
 compare.png (in the folder OUT, or here).
 """
-import csv
 import json
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from core import metrics as core_metrics
 from util import InputError
 
 from .measures import METRICS
-from .results import load_scores
+from .run_files import load_scores, read_columns, read_rows
 from .style import COLOURS, picture
 
 IGNORED_FLAGS = {"run_dir", "resume", "cache_dir"}  # they differ between any two runs
@@ -49,9 +48,9 @@ def _read(folder):
     """
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        run["history"] = _read_history(folder / "history.csv")
+        run["history"] = read_columns(folder / "history.csv")
         run["test"] = load_scores(folder / "test")
-        clips = _read_csv(folder / "test" / "predictions.csv")
+        clips = read_rows(folder / "test" / "predictions.csv")
         run["test"]["index"] = {(clip["path"], clip["start"]): i for i, clip in enumerate(clips)}
         run["test"]["text"] = [clip["label"] for clip in clips]
         if not len(clips) == len(run["test"]["scores"]) == len(run["test"]["labels"]):
@@ -63,17 +62,6 @@ def _read(folder):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CompareError(f"{folder}: not a finished run of this program "
                            f"({type(error).__name__}: {error})") from None
-
-
-def _read_csv(path):
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return list(csv.DictReader(file))
-
-
-def _read_history(path):
-    rows = _read_csv(path)
-    columns = rows[0] if rows else ()
-    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in columns}
 
 
 def _differences(a, b):
@@ -121,8 +109,8 @@ def _check_same_data(a, b, rows_a, rows_b):
     if text_a != text_b:
         raise CompareError("the runs have different labels for the same clip: compare runs on the "
                            "same data")
-    dimensions = [run["test"]["labels"].ndim for run in (a, b)]
-    if dimensions != [1, 1] and (dimensions != [2, 2] or a["classes"] != b["classes"]):
+    multi_label = [bool(run.get("multi_label")) for run in (a, b)]
+    if any(multi_label) and (not all(multi_label) or a["classes"] != b["classes"]):
         raise CompareError("only one run has several labels per clip, or the classes differ: "
                            "compare runs of one kind")
 

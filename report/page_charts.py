@@ -5,17 +5,7 @@ from markupsafe import Markup
 from core.calibration import reliability, temper
 from util import plural
 
-from .plots import (
-    MOST_MARKERS,
-    Line,
-    envelope_axes,
-    history_panel,
-    history_panels,
-    line_axes,
-    recall_axes,
-    reliability_axes,
-    thin,
-)
+from . import plots
 from .run_files import Run
 from .style import BLUE, VERMILION, svg_figure, to_svg
 
@@ -39,10 +29,10 @@ def training(run: Run) -> list[tuple[str, str, str]]:
     charts = []
     if not run.history:
         return charts
-    for title, columns in history_panels(run.history).items():
+    for title, columns in plots.history_panels(run.history).items():
         if any(np.isfinite(run.history[column]).any() for column, _, _ in columns):
-            svg, at_best = _chart(f"{title} by epoch", history_panel, title, columns, run.history,
-                                  run.best)
+            svg, at_best = _chart(f"{title} by epoch", plots.history_panel, title, columns,
+                                  run.history, run.best)
             charts.append((title, svg, at_best))
     if len(run.steps.get("step", ())):
         charts += [_learning_rates(run), *_noisy_steps(run)]
@@ -62,9 +52,9 @@ def _learning_rates(run):
         caption += f"; each block has {decay:g} times the rate of the next one"
     lines = []
     for (name, rate), colour in zip(groups, (BLUE, VERMILION)):
-        x, y = thin(steps, rate)
-        lines.append(Line(name, x, np.where(y > 0, y, np.nan), colour))
-    svg, _ = _chart("learning rate by step", line_axes, lines, "optimizer step", None, True,
+        x, y = plots.thin(steps, rate)
+        lines.append(plots.Line(name, x, np.where(y > 0, y, np.nan), colour))
+    svg, _ = _chart("learning rate by step", plots.line_axes, lines, "optimizer step", None, True,
                     right=RIGHT if len(lines) > 1 else NARROW)
     return "Learning rate of each group", svg, caption
 
@@ -74,14 +64,14 @@ def _noisy_steps(run):
     skipped = [int(event["step"]) for event in run.events if event["event"] == "skipped"]
     marked = f"; {plural(len(skipped), 'skipped step')} marked" if skipped else ""
     clip = run.flags.get("clip_grad", 0)
-    many = len(run.steps["step"]) > MOST_MARKERS
+    many = len(run.steps["step"]) > plots.MOST_MARKERS
     charts = []
     for title, column, caption in (
             ("Loss by step", "loss", "mean and range of neighbouring steps" if many else ""),
             ("Gradient norm", "grad_norm",
              f"before clipping to {clip:g}" if clip else "not clipped")):
-        svg, drawn = _chart(title.lower(), envelope_axes, run.steps["step"], run.steps[column],
-                            skipped[:MOST_SKIPPED], right=NARROW)
+        svg, drawn = _chart(title.lower(), plots.envelope_axes, run.steps["step"],
+                            run.steps[column], skipped[:MOST_SKIPPED], right=NARROW)
         if drawn:
             charts.append((title, svg, (caption + marked).removeprefix("; ")))
     return charts
@@ -91,7 +81,7 @@ def recall(run: Run) -> str:
     """Recall of each class over its training clips, for the classes with clips."""
     known = np.flatnonzero(run.support)
     names = [run.names[i] for i in known]
-    svg, _ = _chart("recall of each class by its training clips", recall_axes, names,
+    svg, _ = _chart("recall of each class by its training clips", plots.recall_axes, names,
                     run.train_counts[known], run.correct[known] / run.support[known],
                     right=NARROW)
     return svg
@@ -112,5 +102,5 @@ def reliability_diagram(run: Run) -> str:
     with svg_figure((5, 5.6)) as figure:
         ax = figure.add_axes((0.15, 0.22, 0.8, 0.68))
         counts_ax = figure.add_axes((0.15, 0.11, 0.8, 0.1))
-        reliability_axes(ax, counts_ax, curves, labels, unit)
+        plots.reliability_axes(ax, counts_ax, curves, labels, unit)
         return Markup(to_svg(figure, "reliability diagram"))

@@ -2,7 +2,6 @@
 
 Each function writes one file to `out`, whole or not at all.
 """
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,16 +10,10 @@ import numpy as np
 
 from util import plural
 
+from . import plots
 from .matrix import confusion  # noqa: F401  (the fourth picture, in a file of its own)
 from .measures import MONITORS
-from .plots import (
-    best_row,
-    history_panel,
-    history_panels,
-    log_rate_axis,
-    short_rate,
-    whole_number_axis,
-)
+from .run_files import read_columns
 from .style import COLOURS, GREY, label_right, picture, shorten
 
 MOST_SPECTROGRAMS = 16
@@ -36,13 +29,18 @@ def curves(history_csv: Path, out: Path, monitor: str = "val_acc") -> None:
     if monitor not in MONITORS:
         raise ValueError(f"monitor must be one of {', '.join(MONITORS)}, got {monitor!r}")
     label, higher_is_better = MONITORS[monitor]
-    history = _read_history(history_csv, monitor)
-    best = best_row(history[monitor], higher_is_better)
+    try:
+        history = read_columns(history_csv)
+    except ValueError as error:
+        raise ValueError(f"{history_csv}: {error}") from None
+    if not len(history.get("epoch", ())):
+        raise ValueError(f"{history_csv} has no epochs to draw")
+    best = plots.best_row(history[monitor], higher_is_better)
     with picture(out, (11, 3.4)) as figure:
         figure.subplots_adjust(left=0, right=0.96, bottom=0, top=0.8, wspace=0.45)
-        panels = history_panels(history)
+        panels = plots.history_panels(history)
         for ax, (title, columns) in zip(figure.subplots(1, len(panels)), panels.items()):
-            at_best = history_panel(ax, title, columns, history, best)
+            at_best = plots.history_panel(ax, title, columns, history, best)
             ax.set_title(title, pad=18)
             ax.annotate(at_best or "", (0, 1), (0, 5), fontsize=8, color=GREY,
                         xycoords="axes fraction", textcoords="offset points")
@@ -53,20 +51,6 @@ def curves(history_csv: Path, out: Path, monitor: str = "val_acc") -> None:
             value, epoch = history[monitor][best], history["epoch"][best]
             text += f": best {label} {value:.3f} at epoch {epoch:g}"
         figure.suptitle(text, x=0, ha="left", fontweight="bold")
-
-
-def _read_history(path, monitor):
-    """history.csv -> {column: (epochs,) floats}, nan if blank, missing or not finite."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        raise ValueError(f"{path} has no epochs to draw")
-    columns = {"train_loss", "train_acc", "val_loss", "val_acc", monitor, *rows[0]}
-    try:
-        history = {c: np.array([float(row.get(c) or "nan") for row in rows]) for c in columns}
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return {c: np.where(np.isfinite(values), values, np.nan) for c, values in history.items()}
 
 
 def schedule(groups: Sequence[tuple[str, np.ndarray]], warmup_steps: int, steps_per_epoch: float,
@@ -93,10 +77,10 @@ def schedule(groups: Sequence[tuple[str, np.ndarray]], warmup_steps: int, steps_
             ax.plot([rates.argmax(), ax.get_xlim()[1]], [peak, peak], ":", color=colour,
                     linewidth=0.9)
             if many:
-                text = f"{shorten(name, 44)}  {short_rate(peak)}"
+                text = f"{shorten(name, 44)}  {plots.short_rate(peak)}"
             else:
                 text = (f"{shorten(name, 44)}\n"
-                        f"peak {short_rate(peak)}, last step {short_rate(last)}")
+                        f"peak {plots.short_rate(peak)}, last step {plots.short_rate(last)}")
             labels.append((peak, text, colour))
         label_right(ax, labels, size=8)
         ax.set_title(_ratio_title(merged))
@@ -123,8 +107,8 @@ def _merge_equal(groups):
 
 def _schedule_axes(ax, rates, steps_per_epoch):
     steps = len(rates[0])
-    log_rate_axis(ax, rates)
-    whole_number_axis(ax, "optimizer step")
+    plots.log_rate_axis(ax, rates)
+    plots.whole_number_axis(ax, "optimizer step")
     ax.set_xlim(-0.5, max(steps - 0.5, 0.5))
     ax.set_ylabel("learning rate")
     ax.grid()

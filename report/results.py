@@ -12,6 +12,7 @@ from util import write_json
 
 from . import pictures
 from .measures import METRICS
+from .run_files import load_scores
 
 TOP = 5  # classes with their scores in a row of predictions.csv
 THIRDS = ("head", "middle", "tail")
@@ -173,16 +174,3 @@ def pooled_results(folders: Sequence[Path], out: Path) -> list[str]:
         lines.append(f"  {METRICS[key].label:<18} {folds['mean']:.3f}   {folds['deviation']:.3f}"
                      f"{'':<18}{pooled[key]:.3f} (95% interval {low:.3f} to {high:.3f})")
     return [*lines, f"written: {out}/folds.json"]
-
-
-def load_scores(folder: Path) -> dict:
-    """The arrays of a results folder's scores.npz.
-
-    scores (n, C); labels (n,), or (n, C) of 1, 0 and nan; rows (n,); and predicted (n, C) bool if
-    clips may have several labels. Older files call the last one "said".
-    """
-    with np.load(Path(folder) / "scores.npz") as file:
-        arrays = dict(file)
-    if "said" in arrays:
-        arrays["predicted"] = arrays.pop("said")
-    return arrays

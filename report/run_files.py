@@ -1,6 +1,7 @@
 """The files of a run folder and of a folder of results, read into one object."""
 import csv
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,6 @@ import numpy as np
 
 from .measures import MONITORS
 from .plots import best_row
-from .results import load_scores
 
 
 @dataclass
@@ -88,8 +88,8 @@ def read_run(run_dir: str | Path, results: str | Path) -> Run:
     run_json = run_dir / "run.json"
     return Run(
         run=json.loads(run_json.read_text(encoding="utf-8")) if run_json.exists() else {},
-        history=_read_columns(run_dir / "history.csv"),
-        steps=_read_columns(run_dir / "steps.csv"),
+        history=read_columns(run_dir / "history.csv"),
+        steps=read_columns(run_dir / "steps.csv"),
         events=read_rows(run_dir / "events.csv"),
         bad_files=read_rows(run_dir / "bad_files.csv"),
         train_counts=_train_counts(run_dir / "split.csv", classes, labels.ndim == 2),
@@ -116,12 +116,29 @@ def read_rows(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def _read_columns(path):
-    """A CSV of numbers -> {column: (n,)}, without an incomplete last line of a killed run."""
+def read_columns(path: Path) -> dict[str, np.ndarray]:
+    """A CSV file of numbers -> {column: (n,)}, nothing if it is missing; blanks are nan.
+
+    An incomplete last line, of a killed run, is left out. Raises ValueError on other text.
+    """
     if not path.exists():
         return {}
-    lines = path.read_text(encoding="utf-8").split("\n")
-    names = lines[0].strip().split(",")
-    lines = [line for line in lines[1:-1] if line.count(",") == len(names) - 1]
+    header, *lines = path.read_text(encoding="utf-8").split("\n")
+    names = header.strip().split(",")
+    lines = [re.sub(r"(?<=,)(?=,|\r?$)", "nan", line) for line in lines[:-1]
+             if line.count(",") == len(names) - 1]
     values = np.loadtxt(lines, delimiter=",", ndmin=2) if lines else np.zeros((0, len(names)))
     return dict(zip(names, values.T, strict=True))
+
+
+def load_scores(folder: Path) -> dict:
+    """The arrays of a results folder's scores.npz.
+
+    scores (n, C); labels (n,), or (n, C) of 1, 0 and nan; rows (n,); and predicted (n, C) bool if
+    clips may have several labels. Older files call the last one "said".
+    """
+    with np.load(Path(folder) / "scores.npz") as file:
+        arrays = dict(file)
+    if "said" in arrays:
+        arrays["predicted"] = arrays.pop("said")
+    return arrays

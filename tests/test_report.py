@@ -1,4 +1,5 @@
 """Results in words, and pictures: written whole, decodable, not blank, and true to the data."""
+import itertools
 import os
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from report import style
 from report.measures import METRICS, Metric
 from report.pictures import batch, confusion, curves, schedule
 from report.plots import history_panels
-from report.results import load_scores, result_lines
+from report.results import result_lines
+from report.run_files import load_scores
 
 COLUMNS = ("epoch,train_loss,train_acc,val_loss,val_acc,val_macro_f1,val_map,lr_backbone,lr_head,"
            "seconds,clips_per_second,peak_memory_mb,skipped_steps")
@@ -111,9 +113,9 @@ def test_curves_without_validation(tmp_path, figures):
 
 def test_invalid_histories_are_refused(tmp_path):
     out = tmp_path / "curves.png"
-    with pytest.raises(ValueError, match="history.csv has no epochs"):
+    with pytest.raises(ValueError, match=r"history\.csv has no epochs"):
         curves(history(tmp_path, []), out)
-    with pytest.raises(ValueError, match="history.csv.*'oops'"):
+    with pytest.raises(ValueError, match=r"history\.csv.*'oops'"):
         curves(history(tmp_path, [(1, "oops", 0, 0, 0, 0, 0)]), out)
     with pytest.raises(ValueError, match="monitor must be one of val_loss, val_acc"):
         curves(history(tmp_path, ROWS), out, monitor="accuracy")
@@ -126,9 +128,9 @@ def cosine(base, warmup, steps=400):
     return base * np.where(step < warmup, (step + 1) / max(warmup, 1), after)  # the last is 0
 
 
-@pytest.mark.parametrize("warmup, expected", [(0, "no warm-up"), (50, "warm-up: 50 steps"),
-                                          (350, "warm-up: 350 steps")])
-def test_schedule_merges_equal_groups_and_shows_a_constant_ratio(tmp_path, figures, warmup, expected):
+@pytest.mark.parametrize("warmup, expected", [
+    (0, "no warm-up"), (50, "warm-up: 50 steps"), (350, "warm-up: 350 steps")])
+def test_schedule_merges_equal_groups_and_shows_their_ratio(tmp_path, figures, warmup, expected):
     groups = [(f"{name}{tail}", cosine(base, warmup)) for tail in ("", "_no_decay")
               for name, base in (("backbone", 5e-5), ("head", 1e-3))]
     schedule(groups, warmup, 40, tmp_path / "schedule.png")
@@ -162,7 +164,7 @@ def test_schedule_labels_of_many_groups_do_not_overlap(tmp_path, figures):
     labels = [t for t in figures[0].axes[0].texts if t.get_text().startswith("layer_")]
     boxes = sorted((t.get_window_extent() for t in labels), key=lambda box: box.y0)
     assert len(boxes) == 14
-    assert all(low.y1 <= high.y0 for low, high in zip(boxes, boxes[1:]))
+    assert all(low.y1 <= high.y0 for low, high in itertools.pairwise(boxes))
 
 
 def test_schedule_of_one_group_one_step_and_a_frozen_group(tmp_path, figures):
@@ -237,10 +239,11 @@ def test_batch_shows_values_that_are_not_finite(tmp_path, figures):
 
 
 def test_batch_with_swapped_axes_or_missing_labels_is_refused(tmp_path):
+    rest = ([0], [[1.0]], ["a"], tmp_path / "batch.png", 16000, 160, MEL_HZ)
     with pytest.raises(ValueError, match=r"\(B, 32, frames\), got \(1, 40, 32\)"):
-        batch(np.zeros((1, 40, 32)), [0], [[1.0]], ["a"], tmp_path / "batch.png", 16000, 160, MEL_HZ)
-    with pytest.raises(ValueError, match="1 labels .* for 2 spectrograms"):
-        batch(np.zeros((2, 32, 40)), [0], [[1.0]], ["a"], tmp_path / "batch.png", 16000, 160, MEL_HZ)
+        batch(np.zeros((1, 40, 32)), *rest)
+    with pytest.raises(ValueError, match=r"1 labels .* for 2 spectrograms"):
+        batch(np.zeros((2, 32, 40)), *rest)
 
 
 def test_confusion_of_few_classes_has_counts_and_true_classes_in_rows(tmp_path, figures):
@@ -274,7 +277,7 @@ def test_confusion_of_90_classes_lists_the_largest_confusions(tmp_path, figures)
     for labels, along in ((ax.get_xticklabels(), "x"), (ax.get_yticklabels(), "y")):
         assert len(labels) == 90
         edges = sorted(getattr(t.get_window_extent(), f"interval{along}").tolist() for t in labels)
-        assert all(a[1] <= b[0] + 1 for a, b in zip(edges, edges[1:]))
+        assert all(a[1] <= b[0] + 1 for a, b in itertools.pairwise(edges))
 
 
 @pytest.mark.parametrize("matrix", [np.array([[4]]), np.zeros((21, 21), int)])
