@@ -34,7 +34,8 @@ from model.ast import AST, ASTConfig
 from model.frontend import FrontendConfig, build_frontend
 from model.relevance import patch_relevance
 from report import examples, page
-from report.results import decisions, pooled_results, result_lines, write_results  # noqa: F401
+from metrics import predicted_classes as decisions  # noqa: F401
+from report.results import pooled_results, result_lines, write_results  # noqa: F401
 
 INPUT_ERRORS = (CheckpointError, DataError, DeviceError, RunError)
 # The report looks for wrong labels among so many training clips, for so many seconds, and for what mattered for so long.

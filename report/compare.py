@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from core import metrics as core_metrics
+from metrics import METRICS, metrics_for, resample_counts
+from metrics.classification import Outcome, WeightedCounts
 from util import InputError
 
-from .measures import METRICS
 from .run_files import load_scores, read_columns, read_rows
 from .style import COLOURS, picture
 
@@ -118,22 +118,18 @@ def _check_same_data(a, b, rows_a, rows_b):
 def _resampled(test, rows, n_boot, seed):
     """Each metric of these rows, and of each bootstrap resample, as (1 + n_boot,) by its key.
 
-    The same clips are drawn for both runs. Also returns (n,) bool, whether each clip is correct:
-    its highest-scoring known class is (one of) its labels.
+    The same clips are drawn for both runs. Also returns (n,) bool: whether the highest-scoring
+    class of each clip is correct.
     """
-    scores, labels = test["scores"][rows], test["labels"][rows]
     predicted = test["predicted"][rows] if "predicted" in test else None
-    blocks = [np.ones((len(rows), 1), np.int32),
-              *core_metrics.resample_counts(len(rows), n_boot, seed)]
-    rankings = core_metrics._rankings(scores, labels)
-    values = [core_metrics._weighted_metrics(scores, labels, rankings, block, predicted)
-              for block in blocks]
-    if labels.ndim == 1:
-        correct = scores.argmax(axis=1) == labels
-    else:
-        best = np.where(np.isnan(labels), -np.inf, scores).argmax(axis=1)
-        correct = labels[np.arange(len(labels)), best] == 1
-    return {key: np.concatenate([block[key] for block in values]) for key in values[0]}, correct
+    outcome = Outcome(test["scores"][rows], test["labels"][rows], predicted)
+    values = {key: [] for key in metrics_for(outcome.multi_label)}
+    all_clips = np.ones((outcome.n, 1), np.int32)
+    for weights in [all_clips, *resample_counts(outcome.n, n_boot, seed)]:
+        counts = WeightedCounts(outcome, weights)
+        for key, blocks in values.items():
+            blocks.append(METRICS[key].function(counts))
+    return {key: np.concatenate(blocks) for key, blocks in values.items()}, outcome.top_correct
 
 
 def _difference_line(label, values_a, values_b, higher_is_better):

@@ -17,11 +17,11 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
+from metrics import METRICS
 from util import atomic_write, plural, printable
 
 from . import confusions, page_charts
 from .examples import KINDS, Example, SuspectSearch, cards, hertz_ticks
-from .measures import METRICS
 from .media import data_address, mp3
 from .results import THIRDS
 from .run_files import read_run

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from metrics import MONITORS
 from util import plural
 
 from . import plots
 from .matrix import confusion  # noqa: F401  (the fourth picture, in a file of its own)
-from .measures import MONITORS
 from .run_files import read_columns
 from .style import COLOURS, GREY, label_right, picture, shorten
 
@@ -28,14 +28,15 @@ def curves(history_csv: Path, out: Path, monitor: str = "val_acc") -> None:
     """
     if monitor not in MONITORS:
         raise ValueError(f"monitor must be one of {', '.join(MONITORS)}, got {monitor!r}")
-    label, higher_is_better = MONITORS[monitor]
+    metric = MONITORS[monitor]
+    label = f"validation {metric.label}"
     try:
         history = read_columns(history_csv)
     except ValueError as error:
         raise ValueError(f"{history_csv}: {error}") from None
     if not len(history.get("epoch", ())):
         raise ValueError(f"{history_csv} has no epochs to draw")
-    best = plots.best_row(history[monitor], higher_is_better)
+    best = plots.best_row(history[monitor], metric.higher_is_better)
     with picture(out, (11, 3.4)) as figure:
         figure.subplots_adjust(left=0, right=0.96, bottom=0, top=0.8, wspace=0.45)
         panels = plots.history_panels(history)

@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .measures import METRICS, history_column
+from metrics import METRICS
+
 from .style import BLUE, COLOURS, GREY, PAPER, VERMILION, label_right, shorten
 
 MOST_MARKERS = 60  # points up to which each one is marked
@@ -20,9 +21,8 @@ class Line(NamedTuple):
 
 def history_panels(history: dict) -> dict[str, list[tuple[str, str, str]]]:
     """Panel title -> [(column of history.csv, label, colour)], for the columns that are there."""
-    scores = [(history_column(key), metric.label) for key, metric in METRICS.items()
-              if key != "accuracy"]
-    known = [(column, label) for column, label in scores if column in history]
+    known = [(metric.column, metric.label) for key, metric in METRICS.items()
+             if key != "accuracy" and metric.column in history]
     names = " and ".join(label for _, label in known)
     title = f"Validation {names if len(known) < 3 else 'metrics'}"
     return {

@@ -6,21 +6,24 @@ from pathlib import Path
 
 import numpy as np
 
-from core.calibration import reliability, temper
-from core.metrics import confusion, evaluate_scores, per_class, recall_by_frequency
+from metrics import (
+    METRICS,
+    apply_temperature,
+    confusion,
+    evaluate_scores,
+    metrics_for,
+    per_class,
+    predicted_classes,
+    recall_by_frequency,
+    reliability,
+)
 from util import write_json
 
 from . import pictures
-from .measures import METRICS
 from .run_files import load_scores
 
 TOP = 5  # classes with their scores in a row of predictions.csv
 THIRDS = ("head", "middle", "tail")
-
-
-def decisions(scores: np.ndarray, calibration: dict) -> np.ndarray:
-    """Sigmoid scores (n, C) -> (n, C) bool: whether calibrated they reach the thresholds."""
-    return temper(scores, calibration["temperature"], multi_label=True) >= calibration["thresholds"]
 
 
 def write_results(folder: Path, result, manifest, classes: Sequence[str], split: str,
@@ -39,8 +42,8 @@ def write_results(folder: Path, result, manifest, classes: Sequence[str], split:
     """
     folder.mkdir(parents=True, exist_ok=True)
     multi_label = result.labels.ndim == 2
-    predicted = decisions(result.scores, calibration) if multi_label else None
-    calibrated = temper(result.scores, calibration["temperature"], multi_label)
+    predicted = predicted_classes(result.scores, calibration) if multi_label else None
+    calibrated = apply_temperature(result.scores, calibration["temperature"], multi_label)
     metrics = _metrics(result, manifest, split, calibration, calibrated, predicted)
     write_json(folder / "metrics.json", metrics)
     _write_scores(folder / "scores.npz", result, predicted)
@@ -56,7 +59,7 @@ def _metrics(result, manifest, split, calibration, calibrated, predicted):
     """The content of metrics.json."""
     metrics = {
         "split": split,
-        **evaluate_scores(result.scores, result.labels, said=predicted),
+        **evaluate_scores(result.scores, result.labels, predicted=predicted),
         "loss": float(result.losses.mean()),
         "unreadable": len(result.broken),
         "tiles": int(result.tiles.sum()),
@@ -159,13 +162,12 @@ def pooled_results(folders: Sequence[Path], out: Path) -> list[str]:
     predicted = None
     if labels.ndim == 2:
         predicted = np.concatenate([fold["predicted"] for fold in arrays])
-    pooled = evaluate_scores(scores, labels, said=predicted)
+    pooled = evaluate_scores(scores, labels, predicted=predicted)
     over_folds = {}
-    for key in METRICS:
-        if key in pooled:
-            values = [metrics[key] for metrics in fold_metrics]
-            over_folds[key] = {"mean": float(np.mean(values)),
-                               "deviation": float(np.std(values, ddof=1)), "folds": values}
+    for key in metrics_for(multi_label=labels.ndim == 2):
+        values = [metrics[key] for metrics in fold_metrics]
+        over_folds[key] = {"mean": float(np.mean(values)),
+                           "deviation": float(np.std(values, ddof=1)), "folds": values}
     write_json(out / "folds.json", {"over_folds": over_folds, "pooled": pooled})
     lines = [f"\n{len(folders)} folds, {pooled['n']} clips",
              f"{'':<21}mean   deviation over folds   all clips together"]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .measures import MONITORS
+from metrics import MONITORS
+
 from .plots import best_row
 
 
@@ -71,8 +72,8 @@ class Run:
     @property
     def best(self) -> int | None:
         """Row of the best epoch in the history, the last one on a tie."""
-        higher_is_better = MONITORS.get(self.monitor, ("", True))[1]
-        return best_row(self.history.get(self.monitor, np.zeros(0)), higher_is_better)
+        values = self.history.get(self.monitor, np.zeros(0))
+        return best_row(values, MONITORS[self.monitor].higher_is_better)
 
 
 def read_run(run_dir: str | Path, results: str | Path) -> Run:

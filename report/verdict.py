@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from metrics import MONITORS
 from util import plural, summarize
 
-from .measures import MONITORS
 from .run_files import Run
 
 CLIPS = {"test": "test clip", "val": "validation clip", "train": "training clip", "all": "clip"}
@@ -85,7 +85,7 @@ def training(run: Run, epoch: int | None = None) -> list[str]:
 
 def _best_epoch(run, epoch):
     values, epochs, best = run.history[run.monitor], run.history["epoch"], run.best
-    label = MONITORS[run.monitor][0]
+    label = f"validation {MONITORS[run.monitor].label}"
     n_equal = int((values == values[best]).sum())
     tie = f", the last of {n_equal} equal ones" if n_equal > 1 else ""
     if epoch in (None, epochs[best]):

@@ -50,11 +50,11 @@ def test_two_runs_over_the_clips_that_both_have(tmp_path):
     assert "gamma              2.0                      0.0" in text
     assert "only_here" in text and "run_dir" not in text
     assert "180 clips that both have scored, 20 only in a" in text
-    for label in ("accuracy", "macro F1", "weighted F1", "balanced accuracy"):
+    for label in ("accuracy", "macro-F1", "weighted F1", "balanced accuracy"):
         assert metric_line(lines, label).endswith("(b is better)")
     accuracies = [(predicted[:180] == labels[:180]).mean() for predicted in (worse, better)]
     f1 = [f1_score(labels[:180], predicted[:180], average="macro") for predicted in (worse, better)]
-    for label, values in (("accuracy", accuracies), ("macro F1", f1)):
+    for label, values in (("accuracy", accuracies), ("macro-F1", f1)):
         difference = f"b - a {values[1] - values[0]:+.3f}"
         expected = f"a {values[0]:.3f}   b {values[1]:.3f}   {difference}"
         assert expected in metric_line(lines, label)

@@ -743,7 +743,7 @@ def test_two_runs_side_by_side(trained, mixtures, home, tmp_path):
     with no_pictures():
         assert go(train, "--data", mixtures / "mixed.csv", *SMALL, "--epochs", 1, "--run-dir", tmp_path / "other") == 0
     text = compare(trained, tmp_path / "other", tmp_path / "out.png")
-    for line, name in zip([line for line in text if line.startswith(("  accuracy", "  macro F1"))], ("accuracy", "macro_f1"), strict=True):
+    for line, name in zip([line for line in text if line.startswith(("  accuracy", "  macro-F1"))], ("accuracy", "macro_f1"), strict=True):
         a, b = figures(trained / "test")[name], figures(tmp_path / "other" / "test")[name]
         assert f"a {a:.3f}   b {b:.3f}   b - a {b - a:+.3f}" in line
     same = "\n".join(compare(trained, trained, tmp_path / "out.png"))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from metrics import METRICS, Metric
 from report import style
-from report.measures import METRICS, Metric
 from report.pictures import batch, confusion, curves, schedule
 from report.plots import history_panels
 from report.results import result_lines
@@ -85,8 +85,8 @@ def test_curves_mark_the_best_epoch(tmp_path, figures, monitor, expected):
         marks = [line for line in ax.lines if line.get_linestyle() == "--"]
         assert [line.get_xdata()[0] for line in marks] == [epoch]
     row = ROWS[int(epoch) - 1]
-    assert f"at epoch {epoch:g}: macro F1 {row[5]:.3f}, mAP {row[6]:.3f}" in texts(figures[0])
-    assert {"training", "validation", "macro F1", "mAP"} <= set(texts(figures[0]))
+    assert f"at epoch {epoch:g}: macro-F1 {row[5]:.3f}, mAP {row[6]:.3f}" in texts(figures[0])
+    assert {"training", "validation", "macro-F1", "mAP"} <= set(texts(figures[0]))
 
 
 def test_curves_of_one_epoch(tmp_path, figures):
@@ -117,7 +117,7 @@ def test_invalid_histories_are_refused(tmp_path):
         curves(history(tmp_path, []), out)
     with pytest.raises(ValueError, match=r"history\.csv.*'oops'"):
         curves(history(tmp_path, [(1, "oops", 0, 0, 0, 0, 0)]), out)
-    with pytest.raises(ValueError, match="monitor must be one of val_loss, val_acc"):
+    with pytest.raises(ValueError, match="monitor must be one of val_acc, val_macro_f1"):
         curves(history(tmp_path, ROWS), out, monitor="accuracy")
     assert not out.exists()
 
@@ -362,7 +362,7 @@ def test_result_lines_have_each_metric_with_its_interval():
 
 
 def test_a_metric_that_is_added_to_the_table_is_shown_everywhere(monkeypatch):
-    monkeypatch.setitem(METRICS, "top3", Metric("top3", "top-3 accuracy"))
+    monkeypatch.setitem(METRICS, "top3", Metric("top3", "top3", "top-3 accuracy", None))
     lines = result_lines({**FIGURES, "top3": 0.85, "top3_ci95": [0.6, 0.99]})
     assert "  top-3 accuracy     0.850   (95% interval 0.600 to 0.990)" in lines
     *_, (title, columns) = history_panels({"val_map": [0.5], "val_top3": [0.5]}).items()
