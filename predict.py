@@ -35,8 +35,8 @@ from data.manifest import DataError
 from data.scan import printable, write_bad_files
 from data.stream import Windows, find_recordings, read_headers, number_groups, window_batches
 from evaluate import INPUT_ERRORS, calibration_of, escape_names, fail, find_checkpoint, multi_label_of, restore, window_scores
-from report.style import count
 from report.tracks import label_track, labelled, selection_table, window_lines, window_rows
+from util import plural as count
 
 FORMATS = ("csv", "jsonl", "raven", "audacity")
 SUFFIXES = {"raven": ".Table.1.selections.txt", "audacity": ".txt", "embeddings": ".npz"}  # of a file for each recording

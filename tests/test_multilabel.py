@@ -540,7 +540,7 @@ def test_the_figures_from_the_files_alone(trained, mixtures):
     assert found["micro_f1"] == pytest.approx(sk.f1_score(truth, said, average="micro"))
     assert found["accuracy"] == pytest.approx(np.mean(top))
     with np.load(trained / "test" / "scores.npz") as file:
-        assert file["labels"].tolist() == truth.astype(float).tolist() and file["said"].tolist() == said.tolist()
+        assert file["labels"].tolist() == truth.astype(float).tolist() and file["predicted"].tolist() == said.tolist()
         assert found["map"] == pytest.approx(sk.average_precision_score(truth, file["scores"], average="macro"))
     state = load_checkpoint(trained / "best.pt")
     per = rows(trained / "test" / "per_class.csv")
@@ -561,7 +561,7 @@ def test_the_report_of_several_labels(trained, tmp_path):
             score for name, score in scores.items() if not row["prediction"] or name in row["prediction"].split("; ")), abs=1e-4)
     sets = [tuple({name for name in row[column].split("; ") if name} for column in ("label", "prediction")) for row in predictions]
     held, said, hits = (sum(map(len, part)) for part in zip(*((a, b, a & b) for a, b in sets)))
-    assert f"Of the {held} labels of {len(sets)} training clips {hits / held:.1%} are found, and {hits / said:.1%} of the labels given are right." in words
+    assert f"{hits / held:.1%} of the {held} labels of {len(sets)} training clips are found and {hits / said:.1%} of the predicted labels are correct." in words
     cells = json.loads(re.search(r'id="clips">(.*?)</script>', source)[1])
     names, wanted = sorted(HZ), {}
     for row, (truth, answer) in zip(predictions, sets):
@@ -578,7 +578,7 @@ def test_the_report_of_several_labels(trained, tmp_path):
     assert len({pair for pair in wanted if pair[0] != pair[1]}) > 1
     drawn = {cell: int(n) for cell, n in re.findall(r'data-cell="([\d,]+)"[^>]*aria-label="[^"]*: (\d+) of', source)}
     assert drawn == {f"{place[a]},{place[b]}": len(paths) for (a, b), paths in wanted.items()}
-    assert "threshold" in words and "Of the clips to which it gives a class 80%" in words and source.count('class="card"') > 6
+    assert "threshold" in words and "Of the clips to which the model gives a class a score of 80%" in words and source.count('class="card"') > 6
 
 
 def test_a_split_without_clips_of_several_labels_is_told(mixtures, tmp_path):
@@ -734,7 +734,7 @@ def test_all_folds_and_their_pooled_figures(mixtures, home, tmp_path):
         assert go(train, "--data", mixtures / "clips.csv", *SMALL, "--epochs", 1, "--folds", "all", "--run-dir", tmp_path / "r") == 0
     found = json.loads((tmp_path / "r" / "folds.json").read_text())
     parts = [np.load(tmp_path / "r" / f"fold{i}" / "test" / "scores.npz") for i in range(3)]
-    truth, said, scores = (np.concatenate([part[name] for part in parts]) for name in ("labels", "said", "scores"))
+    truth, said, scores = (np.concatenate([part[name] for part in parts]) for name in ("labels", "predicted", "scores"))
     assert found["pooled"]["n"] == 90 and set(found["over_folds"]) == set(SEVERAL)
     assert found["pooled"]["micro_f1"] == pytest.approx(sk.f1_score(truth, said, average="micro"))
     assert found["pooled"]["map"] == pytest.approx(sk.average_precision_score(truth, scores, average="macro"))
@@ -744,14 +744,14 @@ def test_two_runs_side_by_side(trained, mixtures, home, tmp_path):
     with no_pictures():
         assert go(train, "--data", mixtures / "mixed.csv", *SMALL, "--epochs", 1, "--run-dir", tmp_path / "other") == 0
     text = compare(trained, tmp_path / "other", tmp_path / "out.png")
-    for line, name in zip([line for line in text if line.startswith(("  accuracy", "  macro_f1"))], ("accuracy", "macro_f1"), strict=True):
+    for line, name in zip([line for line in text if line.startswith(("  accuracy", "  macro-F1"))], ("accuracy", "macro_f1"), strict=True):
         a, b = figures(trained / "test")[name], figures(tmp_path / "other" / "test")[name]
         assert f"a {a:.3f}   b {b:.3f}   b - a {b - a:+.3f}" in line
     same = "\n".join(compare(trained, trained, tmp_path / "out.png"))
-    assert same.count("b - a +0.000   (95% interval +0.000 to +0.000)\n") == 2
+    assert same.count("b - a +0.000   (95% interval +0.000 to +0.000)\n") == 6
     run = json.loads((tmp_path / "other" / "run.json").read_text())
     (tmp_path / "other" / "run.json").write_text(json.dumps({**run, "multi_label": False}))
-    with pytest.raises(CompareError, match="several labels in one run alone"):
+    with pytest.raises(CompareError, match="only one run has several labels"):
         compare(trained, tmp_path / "other", tmp_path / "out.png")
 
 
