@@ -17,9 +17,8 @@ from torchvision.ops import sigmoid_focal_loss
 import evaluate
 import predict
 import train
-from core.calibration import calibrate, fit_temperature, fit_thresholds, reliability, temper
 from core.checkpoint import load_checkpoint, save_checkpoint
-from core.metrics import SEVERAL, evaluate_scores, per_class, point_metrics, recall_by_frequency, resample_counts
+from metrics import metrics_for
 from data.augment import Augment
 from data.clips import Clips
 from data.manifest import DataError, Manifest, load_manifest
@@ -299,151 +298,6 @@ def test_mixup_keeps_what_is_unknown_in_either_and_leaves_the_others_alone():
     assert torch.equal(mixed[~alone].isnan(), (target.isnan() | other.isnan())[~alone])
     both = ~alone[:, None] & ~target.isnan() & ~other.isnan()
     torch.testing.assert_close(mixed[both], (share[:, None] * target + (1 - share[:, None]) * other)[both])
-
-
-# --- metrics, calibration ---
-
-def scored(n=120, classes=6, seed=0, tied=False):
-    """Scores better than chance, labels with unknown ones; class 5 has no clip. -> (scores, labels, said)."""
-    rng = np.random.default_rng(seed)
-    labels = (rng.random((n, classes)) < [0.5, 0.3, 0.2, 0.1, 0.9, 0.0]).astype(float)
-    labels[labels.sum(1) == 0, 0] = 1
-    scores = 1 / (1 + np.exp(-(rng.normal(size=(n, classes)) + 1.5 * labels - 1)))
-    unknown = rng.random((n, classes)) < 0.15
-    unknown[np.arange(n), labels.argmax(1)] = False
-    labels[unknown] = np.nan
-    return np.round(scores * 5) / 5 if tied else scores, labels, scores > rng.uniform(0.3, 0.6, classes)
-
-
-def reference(scores, labels, said, weight):
-    """SEVERAL from scikit-learn, class by class over its known clips."""
-    ap, f1, balanced, support, pairs = [], [], [], [], []
-    for c in range(labels.shape[1]):
-        known = ~np.isnan(labels[:, c]) & (weight > 0)
-        truth, guess, w = labels[known, c], said[known, c], weight[known]
-        pairs.append((truth, guess, w))
-        if (truth * w).sum() == 0:
-            continue
-        ap.append(sk.average_precision_score(truth, scores[known, c], sample_weight=w))
-        f1.append(sk.f1_score(truth, guess, sample_weight=w, zero_division=0))
-        support.append((truth * w).sum())
-        balanced.append(sk.recall_score(truth, guess, sample_weight=w) if truth.all() else
-                        sk.balanced_accuracy_score(truth, guess, sample_weight=w))
-    truth, guess, w = (np.concatenate(part) for part in zip(*pairs))
-    right = [labels[i, max((c for c in range(labels.shape[1]) if not np.isnan(labels[i, c])), key=lambda c: (scores[i, c], -c))] == 1
-             for i in range(len(labels))]
-    return {"accuracy": np.average(right, weights=weight), "balanced_accuracy": np.mean(balanced), "macro_f1": np.mean(f1),
-            "weighted_f1": np.average(f1, weights=support), "map": np.mean(ap),
-            "micro_f1": sk.f1_score(truth, guess, sample_weight=w)}
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("seed", range(3))
-def test_figures_agree_with_sklearn(seed, tied):
-    scores, labels, said = scored(seed=seed, tied=tied)
-    assert point_metrics(scores, labels, said) == pytest.approx(reference(scores, labels, said, np.ones(120)), abs=1e-12)
-    assert point_metrics(scores, labels) == pytest.approx(reference(scores, labels, scores >= 0.5, np.ones(120)), abs=1e-12)
-
-
-@pytest.mark.filterwarnings("error")
-def test_intervals_are_those_of_a_plain_loop_over_the_same_resamples():
-    scores, labels, said = scored(n=25)
-    found = evaluate_scores(scores, labels, n_boot=20, seed=3, said=said)
-    draws = np.concatenate(list(resample_counts(25, 20, 3)), axis=1).T
-    values = [reference(scores, labels, said, weight) for weight in draws]
-    assert list(found) == ["n", *SEVERAL, *(f"{name}_ci95" for name in SEVERAL)] and found["n"] == 25
-    for name in SEVERAL:
-        assert found[f"{name}_ci95"] == pytest.approx(np.percentile([value[name] for value in values], (2.5, 97.5)), abs=1e-12)
-        assert type(found[name]) is float
-
-
-def test_per_class_and_recall_by_frequency():
-    scores, labels, said = scored()
-    found = per_class(scores, labels, 6, said)
-    for c, row in enumerate(found):
-        known = ~np.isnan(labels[:, c])
-        truth, guess = labels[known, c], said[known, c]
-        assert row["support"] == truth.sum()
-        if c == 5:
-            assert np.isnan(row["recall"]) and np.isnan(row["ap"]) and row["precision"] == 0
-            continue
-        assert row["precision"] == pytest.approx(sk.precision_score(truth, guess))
-        assert row["recall"] == pytest.approx(sk.recall_score(truth, guess))
-        assert row["f1"] == pytest.approx(sk.f1_score(truth, guess))
-        assert row["ap"] == pytest.approx(sk.average_precision_score(truth, scores[known, c]))
-        missed = (labels[:, c] == 1) & ~said[:, c]
-        wrong = [(said[missed, d] & (labels[missed, d] == 0)).sum() for d in range(6)]
-        assert row["confused_count"] == max(wrong)
-        assert wrong[row["confused_with"]] == max(wrong) if max(wrong) else row["confused_with"] == -1
-    assert sum(row["confused_count"] > 0 for row in found) >= 3
-    thirds = recall_by_frequency(scores, labels, [9, 8, 7, 6, 5, 4], said)
-    assert thirds == {"recall_head": pytest.approx(np.mean([found[0]["recall"], found[1]["recall"]])), "recall_middle": pytest.approx(
-        np.mean([found[2]["recall"], found[3]["recall"]])), "recall_tail": pytest.approx(found[4]["recall"])}
-
-
-@pytest.mark.parametrize("labels, says", [([[1, 2]], "0, 1 and nan"), ([[1, 0, 0]], r"\(n, 2\)"), ([[0, np.nan]], "row 0 .* no class"),
-                                          ([[1, 0]] * 2, "2 labels for 1 rows")])
-def test_labels_that_do_not_fit(labels, says):
-    with pytest.raises(ValueError, match=says):
-        evaluate_scores([[0.5, 0.5]], labels)
-    with pytest.raises(ValueError, match="said"):
-        point_metrics([[0.5, 0.5]], [[1, 0]], [[True]])
-
-
-def test_temper_of_each_is_the_sigmoid_of_divided_logits():
-    logits = torch.linspace(-30, 30, 60, dtype=torch.float64).view(20, 3)
-    np.testing.assert_allclose(temper(logits.sigmoid().numpy(), 3.0, True), (logits / 3).sigmoid().numpy(), atol=1e-9)
-    assert np.isfinite(temper(np.array([[1.0, 0.0]]), 0.05, True)).all()
-
-
-@pytest.mark.parametrize("sharp", [0.5, 2.5])
-@pytest.mark.filterwarnings("error")
-def test_the_temperature_that_was_put_in_is_found(sharp):
-    rng = np.random.default_rng(0)
-    true = rng.normal(-0.5, 1.5, (3000, 4))
-    labels = (rng.random(true.shape) < 1 / (1 + np.exp(-true))).astype(float)
-    labels[rng.random(true.shape) < 0.1] = np.nan
-    scores = 1 / (1 + np.exp(-sharp * true))
-    found = fit_temperature(scores, labels)
-    assert found == pytest.approx(sharp, rel=0.05)
-    known = ~np.isnan(labels)
-
-    def loss(t):
-        return torch.nn.functional.binary_cross_entropy_with_logits(torch.from_numpy(sharp * true[known] / t), torch.from_numpy(
-            labels[known])).item()
-    assert loss(found) <= min(loss(found * 1.01), loss(found / 1.01))
-    tempered = temper(scores, found, True)
-    assert reliability(tempered, labels)[1] < 0.3 * reliability(scores, labels)[1]
-
-
-def test_thresholds_have_the_best_f1_over_the_known_clips():
-    scores, labels, _ = scored(n=60)
-    scores = scores.round(2)
-    found = fit_thresholds(scores, labels)
-    assert found[5] == 0.5
-    for c in range(5):
-        known = ~np.isnan(labels[:, c])
-        tried = [sk.f1_score(labels[known, c], scores[known, c] >= t, zero_division=0) for t in np.unique(scores[known, c])]
-        assert sk.f1_score(labels[known, c], scores[known, c] >= found[c]) == pytest.approx(max(tried))
-
-
-def test_reliability_against_a_loop():
-    scores, labels, _ = scored()
-    pairs = [(p, y) for row, truth in zip(scores, labels) for p, y in zip(row, truth) if not np.isnan(y)]
-    total = 0.0
-    for b in range(10):
-        inside = [(p, y) for p, y in pairs if b / 10 <= p < (b + 1) / 10]
-        total += abs(sum(p for p, _ in inside) - sum(y for _, y in inside))
-    bins, ece = reliability(scores, labels)
-    assert ece == pytest.approx(total / len(pairs)) and sum(n for *_, n in bins) == len(pairs)
-
-
-def test_a_checkpoint_keeps_thresholds_of_tempered_scores():
-    scores, labels, _ = scored()
-    kept = calibrate(scores, labels)
-    assert kept["thresholds"] == fit_thresholds(temper(scores, kept["temperature"], True), labels)
-    said = evaluate.decisions(scores, kept)
-    assert point_metrics(scores, labels, said)["macro_f1"] >= point_metrics(scores, labels)["macro_f1"]
 
 
 # --- the program ---
@@ -734,7 +588,7 @@ def test_all_folds_and_their_pooled_figures(mixtures, home, tmp_path):
     found = json.loads((tmp_path / "r" / "folds.json").read_text())
     parts = [np.load(tmp_path / "r" / f"fold{i}" / "test" / "scores.npz") for i in range(3)]
     truth, said, scores = (np.concatenate([part[name] for part in parts]) for name in ("labels", "said", "scores"))
-    assert found["pooled"]["n"] == 90 and set(found["over_folds"]) == set(SEVERAL)
+    assert found["pooled"]["n"] == 90 and set(found["over_folds"]) == set(metrics_for(multi_label=True))
     assert found["pooled"]["micro_f1"] == pytest.approx(sk.f1_score(truth, said, average="micro"))
     assert found["pooled"]["map"] == pytest.approx(sk.average_precision_score(truth, scores, average="macro"))
 
