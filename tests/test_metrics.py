@@ -113,7 +113,7 @@ def test_table_gives_history_columns_and_monitors():
 
 
 def test_new_row_in_the_table_is_computed_with_its_interval(monkeypatch):
-    error = metrics.Metric("error", "error", lambda c: 1 - c.top_correct / c.clips)
+    error = metrics.Metric("error", "error", "error", lambda c: 1 - c.top_correct / c.clips)
     monkeypatch.setitem(METRICS, "error", error)
     result = evaluate_scores(*single_label_data(), n_boot=20)
     assert result["error"] == 1 - result["accuracy"]
