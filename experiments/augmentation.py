@@ -1,10 +1,12 @@
-"""Which augmentation and regularisation helps, one at a time and together.
+"""Which augmentation and regularization helps, one at a time and together?
 
     python experiments/augmentation.py
 """
-from common import parser, rates, study
 
-CLAIM = "Each of these alone changes little on 240 recordings; together they gain more than any one of them."
+from common import rates, study, study_parser
+
+CLAIM = ("Each of these alone changes little on 240 recordings; together they gain more than any "
+         "one of them.")
 SPECAUGMENT = ["--freq-mask", 15, "--time-mask", 35]
 MIXUP = ["--mixup-alpha", 0.4]
 ALL = [*SPECAUGMENT, *MIXUP, "--shift-p", 1, "--gain", 6, "--noise-p", 0.3, "--filter-p", 0.3]
@@ -24,5 +26,5 @@ ARMS = {
 }
 
 if __name__ == "__main__":
-    args = parser(__doc__).parse_args()
+    args = study_parser(__doc__).parse_args()
     study("augmentation", CLAIM, ARMS, args, rates(args))

@@ -3,58 +3,65 @@
     python experiments/warmup.py
     python experiments/warmup.py --scale 10
 
-Four arms from the same pretrained start: no warm-up; 5 epochs in which each group rises to its own rate (this program's);
-5 epochs in which the head alone trains; and the earlier system's scheduler, which wrote one rate to all groups, from a tenth
-of the head's up to the head's over 5 epochs, and let the cosine go on from there. That scheduler lives here alone.
+Four arms from the same pretrained start:
 
-The base rates are the program's, 5e-5 and 1e-3, right for AST-base with AudioSet weights. A small model wants a backbone rate
-about ten times as high: --scale 10 asks the same with both rates ten times as high, so that the shared one is too high for it by
-as much as it was in the earlier system, 20 times.
+* no warm-up;
+* 5 epochs of warm-up in which each group rises to its own rate, as train.py does;
+* 5 epochs in which only the head is trained;
+* the scheduler of an earlier system, which is only in this file: it writes one rate to all groups,
+  from a tenth of the head's rate to the head's rate in 5 epochs, then follows the cosine.
+
+The base rates are the defaults, 5e-5 and 1e-3, which suit AST-base with AudioSet weights. The small
+model here needs a backbone rate about ten times as high. So --scale 10 multiplies both rates by
+ten. The shared rate is then 20 times too high for the backbone, as it was in the earlier system.
 """
-import contextlib
+
 import math
+from unittest import mock
 
-from common import parser, study
+from common import study, study_parser, train
 
-import train
-
-CLAIM = ("Relative warm-up does not harm fine-tuning from a pretrained start; one rate for all groups does.")
+CLAIM = ("Relative warm-up does not harm fine-tuning from a pretrained start; one rate for all "
+         "groups does.")
 
 
 class SharedSchedule(train.RelativeSchedule):
-    """The earlier system's: one LR for every group, linear from a tenth of the highest base to that, then cosine to 0."""
+    """The earlier system's schedule: the same learning rate in every group.
+
+    It rises linearly from a tenth of the highest base rate to that rate, then falls as a cosine.
+    """
 
     def _write(self):
-        step, warmup, total = int(self.steps), *self.arguments[:2]
+        warmup, total = self.arguments[:2]
         peak = max(group["initial_lr"] for group in self.optimizer.param_groups)
+        step = int(self.steps)
         if step < warmup:
             rate = peak * (0.1 + 0.9 * step / warmup)
         else:
-            rate = peak * 0.5 * (1 + math.cos(math.pi * min(1, (step - warmup) / max(1, total - warmup))))
+            progress = min(1, (step - warmup) / max(1, total - warmup))
+            rate = peak * 0.5 * (1 + math.cos(math.pi * progress))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
 
-@contextlib.contextmanager
-def shared():
-    real, train.RelativeSchedule = train.RelativeSchedule, SharedSchedule
-    try:
-        yield
-    finally:
-        train.RelativeSchedule = real
+def shared_schedule():
+    """Make train.py use the earlier system's schedule, within a `with` block."""
+    return mock.patch.object(train, "RelativeSchedule", SharedSchedule)
 
 
 ARMS = {
     "no warm-up": ["--warmup-epochs", 0],
     "relative warm-up, 5 epochs": ["--warmup-epochs", 5],
     "head alone for 5 epochs": ["--freeze-epochs", 5],
-    "one rate for all groups, 5 epochs": (["--warmup-epochs", 5], shared),
+    "one rate for all groups, 5 epochs": (["--warmup-epochs", 5], shared_schedule),
 }
 
 if __name__ == "__main__":
-    flags = parser(__doc__)
-    flags.set_defaults(epochs=12, folds=[1, 2, 3, 4, 5])
-    flags.add_argument("--scale", type=float, default=1.0, help="factor on the base rates of both groups")
-    args = flags.parse_args()
-    study("warmup" if args.scale == 1 else f"warmup-x{args.scale:g}", CLAIM, ARMS, args,
-          extra=["--lr-backbone", 5e-5 * args.scale, "--lr-head", 1e-3 * args.scale])
+    parser = study_parser(__doc__)
+    parser.set_defaults(epochs=12, folds=[1, 2, 3, 4, 5])
+    parser.add_argument("--scale", type=float, default=1.0,
+                        help="factor for the base learning rates of both groups")
+    args = parser.parse_args()
+    name = "warmup" if args.scale == 1 else f"warmup-x{args.scale:g}"
+    rates = ["--lr-backbone", 5e-5 * args.scale, "--lr-head", 1e-3 * args.scale]
+    study(name, CLAIM, ARMS, args, extra=rates)

@@ -60,16 +60,16 @@ BLOCK_SIZE = 1 << 20  # clips x resamples computed at once: they fit in the cach
 class Metric:
     """One number that describes a result.
 
-    name: its key in metrics.json; label: how a person reads it; short: its name in history.csv if
-    that is not `name`. function: WeightedCounts -> (R,) values, None if computed elsewhere.
+    name: its key in metrics.json; short: its name in history.csv, after "val_"; label: how a person
+    reads it. function: WeightedCounts -> (R,) values, None if it is computed elsewhere.
     in_history: whether it is a column of history.csv and a choice of `--monitor`; a metric for
     multi-label data only cannot be.
     """
 
     name: str
+    short: str
     label: str
     function: Callable[[WeightedCounts], np.ndarray] | None
-    short: str = ""
     higher_is_better: bool = True
     in_history: bool = False
     multi_label_only: bool = False
@@ -77,19 +77,20 @@ class Metric:
     @property
     def column(self) -> str:
         """Its column in history.csv."""
-        return f"val_{self.short or self.name}"
+        return f"val_{self.short}"
 
 
 METRICS = {metric.name: metric for metric in (
-    Metric("accuracy", "accuracy", classification.accuracy, short="acc", in_history=True),
-    Metric("balanced_accuracy", "balanced accuracy", classification.balanced_accuracy),
-    Metric("macro_f1", "macro-F1", classification.macro_f1, in_history=True),
-    Metric("weighted_f1", "weighted F1", classification.weighted_f1),
-    Metric("map", "mAP", classification.mean_average_precision, in_history=True),
+    Metric("accuracy", "acc", "accuracy", classification.accuracy, in_history=True),
+    Metric("balanced_accuracy", "balanced_acc", "balanced accuracy",
+           classification.balanced_accuracy),
+    Metric("macro_f1", "macro_f1", "macro-F1", classification.macro_f1, in_history=True),
+    Metric("weighted_f1", "weighted_f1", "weighted F1", classification.weighted_f1),
+    Metric("map", "map", "mAP", classification.mean_average_precision, in_history=True),
     # If each clip has one label, micro-F1 equals accuracy.
-    Metric("micro_f1", "micro-F1", classification.micro_f1, multi_label_only=True),
+    Metric("micro_f1", "micro_f1", "micro-F1", classification.micro_f1, multi_label_only=True),
 )}
-LOSS = Metric("loss", "loss", None, higher_is_better=False)
+LOSS = Metric("loss", "loss", "loss", None, higher_is_better=False)
 
 # Columns of history.csv that hold metrics, in order; and what `--monitor` can select best.pt by.
 HISTORY_COLUMNS = {metric.column: metric for metric in METRICS.values() if metric.in_history}

@@ -1,53 +1,75 @@
 """Temperature, thresholds and reliability against torch, scikit-learn and a loop."""
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.metrics import f1_score
 
-from core.calibration import HOTTEST, calibrate, fit_temperature, fit_thresholds, reliability, temper
+from metrics import (
+    MAX_TEMPERATURE,
+    apply_temperature,
+    calibrate,
+    check_calibration,
+    fit_temperature,
+    fit_thresholds,
+    point_metrics,
+    predicted_classes,
+    reliability,
+)
+from tests.test_metrics import multi_label_data
 
 
-def draw(n=4000, classes=5, temperature=2.5, seed=0):
-    """Logits too sharp by `temperature`, and labels drawn from the true probabilities."""
+def overconfident_logits(n=4000, classes=5, temperature=2.5, seed=0):
+    """Logits multiplied by `temperature`, and labels drawn from the true probabilities."""
     rng = np.random.default_rng(seed)
-    true = rng.normal(0, 1.5, (n, classes))
-    p = np.exp(true) / np.exp(true).sum(1, keepdims=True)
+    logits = rng.normal(0, 1.5, (n, classes))
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     labels = (p.cumsum(1) > rng.random((n, 1))).argmax(1)
-    return temperature * true, labels
+    return temperature * logits, labels
 
 
-def test_temper_is_the_softmax_of_divided_logits():
-    logits, _ = draw(50)
-    softmax = torch.from_numpy(logits).softmax(1).numpy()
-    np.testing.assert_allclose(temper(softmax, 3.0), torch.from_numpy(logits / 3).softmax(1).numpy(), atol=1e-12)
-    np.testing.assert_allclose(temper(softmax, 1.0), softmax, atol=1e-12)
-    assert np.isfinite(temper(np.array([[1.0, 0.0]]), 0.05)).all()
+def softmax(logits):
+    return torch.from_numpy(logits).softmax(1).numpy()
 
 
-@pytest.mark.parametrize("sharp", [0.5, 1.0, 2.5])
-def test_the_temperature_that_was_put_in_is_found(sharp):
-    logits, labels = draw(temperature=sharp)
-    found = fit_temperature(torch.from_numpy(logits).softmax(1).numpy(), labels)
-    assert found == pytest.approx(sharp, rel=0.08)
-    t = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)  # the same by gradient descent
-    optimizer = torch.optim.LBFGS([t], max_iter=50)
+# --- one label per clip ---
+
+def test_temperature_divides_the_logits_of_a_softmax():
+    logits, _ = overconfident_logits(50)
+    scores = softmax(logits)
+    np.testing.assert_allclose(apply_temperature(scores, 3.0), softmax(logits / 3), atol=1e-12)
+    np.testing.assert_allclose(apply_temperature(scores, 1.0), scores, atol=1e-12)
+    assert np.isfinite(apply_temperature(np.array([[1.0, 0.0]]), 0.05)).all()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
+def test_fit_finds_the_temperature_of_the_logits_as_gradient_descent_does(temperature):
+    logits, labels = overconfident_logits(temperature=temperature)
+    fitted = fit_temperature(softmax(logits), labels)
+    assert fitted == pytest.approx(temperature, rel=0.08)
+    log_t = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_t], max_iter=50)
 
     def closure():
         optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(torch.from_numpy(logits) / t.exp(), torch.from_numpy(labels),
-                                                 label_smoothing=1 / 4002)
+        scaled = torch.from_numpy(logits) / log_t.exp()
+        loss = F.cross_entropy(scaled, torch.from_numpy(labels), label_smoothing=1 / 4002)
         loss.backward()
         return loss
+
     optimizer.step(closure)
-    assert found == pytest.approx(float(t.exp().detach()), rel=1e-3)
+    assert fitted == pytest.approx(float(log_t.exp().detach()), rel=1e-3)
 
 
-def test_clips_that_are_all_right_or_all_alike_have_a_finite_temperature():
+def test_temperature_is_finite_if_all_clips_are_right_or_all_scores_equal():
     rng = np.random.default_rng(2)
-    sure = np.sort(rng.dirichlet(np.ones(3), 60))  # the last class is the highest, and right
-    found = temper(sure, fit_temperature(sure, np.full(60, 2)))
-    assert 0.9 < found[:, 2].mean() < 0.999 and 1 / HOTTEST < fit_temperature(sure, np.full(60, 2)) < 1
-    assert 1 / HOTTEST <= fit_temperature(np.full((4, 2), 0.5), np.array([0, 1, 0, 1])) <= HOTTEST
+    all_right = np.sort(rng.dirichlet(np.ones(3), 60))  # the last class is the highest
+    temperature = fit_temperature(all_right, np.full(60, 2))
+    assert 1 / MAX_TEMPERATURE < temperature < 1
+    assert 0.9 < apply_temperature(all_right, temperature)[:, 2].mean() < 0.999
+    all_equal = fit_temperature(np.full((4, 2), 0.5), np.array([0, 1, 0, 1]))
+    assert 1 / MAX_TEMPERATURE <= all_equal <= MAX_TEMPERATURE
     assert fit_temperature(np.array([[1.0, 0.0], [1.0, 0.0]]), np.array([0, 1])) > 1
 
 
@@ -56,23 +78,113 @@ def test_thresholds_have_the_best_f1():
     scores = rng.dirichlet(np.ones(4), 60).round(2)  # with ties
     labels = np.where(rng.random(60) < 0.6, scores.argmax(1), rng.integers(0, 3, 60))
     labels[labels == 3] = 0
-    found = fit_thresholds(scores, labels)
-    assert found[3] == 0.5  # no clip of it
+    thresholds = fit_thresholds(scores, labels)
+    assert thresholds[3] == 0.5  # a class without clips
     for c in range(3):
-        best = max(f1_score(labels == c, scores[:, c] > t, zero_division=0) for t in np.linspace(-0.005, 1, 202))
-        assert f1_score(labels == c, scores[:, c] > found[c]) == pytest.approx(best)
+        tried = [f1_score(labels == c, scores[:, c] > t, zero_division=0)
+                 for t in np.linspace(-0.005, 1, 202)]
+        fitted = f1_score(labels == c, scores[:, c] > thresholds[c])
+        assert fitted == pytest.approx(max(tried))
 
 
-def test_reliability_against_a_loop():
-    logits, labels = draw(500)
-    scores = torch.from_numpy(logits).softmax(1).numpy()
-    rows, ece = reliability(scores, labels)
+def test_reliability_equals_a_plain_loop():
+    logits, labels = overconfident_logits(500)
+    scores = softmax(logits)
+    rows, error = reliability(scores, labels)
     total = 0.0
     for b in range(10):
-        inside = [i for i in range(500) if b / 10 <= scores[i].max() < (b + 1) / 10 or b == 9 and scores[i].max() == 1]
-        if inside:
-            total += abs(sum(scores[i].max() for i in inside) - sum(scores[i].argmax() == labels[i] for i in inside))
-    assert ece == pytest.approx(total / 500) and sum(n for *_, n in rows) == 500
-    tempered = temper(scores, calibrate(scores, labels)["temperature"])
-    assert reliability(tempered, labels)[1] < 0.5 * ece
-    assert (tempered.argmax(1) == scores.argmax(1)).all()
+        upper = (b + 1) / 10 if b < 9 else np.inf  # the last bin includes 1
+        inside = [i for i in range(500) if b / 10 <= scores[i].max() < upper]
+        confidence = sum(scores[i].max() for i in inside)
+        total += abs(confidence - sum(scores[i].argmax() == labels[i] for i in inside))
+    assert error == pytest.approx(total / 500) and sum(n for *_, n in rows) == 500
+
+
+def test_calibration_lowers_the_calibration_error_and_keeps_the_predictions():
+    logits, labels = overconfident_logits(500)
+    scores = softmax(logits)
+    calibrated = apply_temperature(scores, calibrate(scores, labels)["temperature"])
+    assert reliability(calibrated, labels)[1] < 0.5 * reliability(scores, labels)[1]
+    assert (calibrated.argmax(1) == scores.argmax(1)).all()
+
+
+# --- several labels per clip ---
+
+def test_temperature_divides_the_logits_of_a_sigmoid():
+    logits = torch.linspace(-30, 30, 60, dtype=torch.float64).view(20, 3)
+    cooled = apply_temperature(logits.sigmoid().numpy(), 3.0, multi_label=True)
+    np.testing.assert_allclose(cooled, (logits / 3).sigmoid().numpy(), atol=1e-9)
+    extreme = apply_temperature(np.array([[1.0, 0.0]]), 0.05, multi_label=True)
+    assert np.isfinite(extreme).all()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.5])
+@pytest.mark.filterwarnings("error")
+def test_fit_finds_the_temperature_of_sigmoid_scores(temperature):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(-0.5, 1.5, (3000, 4))
+    labels = (rng.random(logits.shape) < 1 / (1 + np.exp(-logits))).astype(float)
+    labels[rng.random(logits.shape) < 0.1] = np.nan
+    scores = 1 / (1 + np.exp(-temperature * logits))
+    fitted = fit_temperature(scores, labels)
+    assert fitted == pytest.approx(temperature, rel=0.05)
+    known = ~np.isnan(labels)
+
+    def loss(t):
+        scaled = torch.from_numpy(temperature * logits[known] / t)
+        return F.binary_cross_entropy_with_logits(scaled, torch.from_numpy(labels[known])).item()
+
+    assert loss(fitted) <= min(loss(fitted * 1.01), loss(fitted / 1.01))
+    calibrated = apply_temperature(scores, fitted, multi_label=True)
+    assert reliability(calibrated, labels)[1] < 0.3 * reliability(scores, labels)[1]
+
+
+def test_multi_label_thresholds_have_the_best_f1_over_the_known_clips():
+    scores, labels, _ = multi_label_data(n=60)
+    scores = scores.round(2)
+    thresholds = fit_thresholds(scores, labels)
+    assert thresholds[5] == 0.5  # a class without clips
+    for c in range(5):
+        known = ~np.isnan(labels[:, c])
+        truth, score = labels[known, c], scores[known, c]
+        tried = [f1_score(truth, score >= t, zero_division=0) for t in np.unique(score)]
+        assert f1_score(truth, score >= thresholds[c]) == pytest.approx(max(tried))
+
+
+def test_multi_label_reliability_equals_a_plain_loop():
+    scores, labels, _ = multi_label_data()
+    known = ~np.isnan(labels)
+    pairs = list(zip(scores[known], labels[known], strict=True))
+    total = 0.0
+    for b in range(10):
+        inside = [(p, y) for p, y in pairs if b / 10 <= p < (b + 1) / 10]
+        total += abs(sum(p for p, _ in inside) - sum(y for _, y in inside))
+    rows, error = reliability(scores, labels)
+    assert error == pytest.approx(total / len(pairs))
+    assert sum(n for *_, n in rows) == len(pairs)
+
+
+def test_thresholds_are_fitted_to_calibrated_scores_and_improve_macro_f1():
+    scores, labels, _ = multi_label_data()
+    calibration = calibrate(scores, labels)
+    calibrated = apply_temperature(scores, calibration["temperature"], multi_label=True)
+    assert calibration["thresholds"] == fit_thresholds(calibrated, labels)
+    predicted = predicted_classes(scores, calibration)
+    assert (predicted == (calibrated >= calibration["thresholds"])).all()
+    fitted = point_metrics(scores, labels, predicted)["macro_f1"]
+    assert fitted >= point_metrics(scores, labels)["macro_f1"]
+
+
+# --- a calibration from a file ---
+
+@pytest.mark.parametrize("change, message", [
+    ({"temperature": 1000.0}, "temperature"),
+    ({"temperature": float("nan")}, "temperature"),
+    ({"thresholds": [0.5]}, "1 thresholds for 2 classes"),
+    ({"thresholds": [0.5, 1.5]}, "threshold"),
+])
+def test_stored_calibration_out_of_range_is_refused(change, message):
+    valid = {"temperature": 2, "thresholds": [0, 0.5]}
+    assert check_calibration(valid, 2) == {"temperature": 2.0, "thresholds": [0.0, 0.5]}
+    with pytest.raises(ValueError, match=message):
+        check_calibration({**valid, **change}, 2)

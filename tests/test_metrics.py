@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn, the bootstrap against a plain loop over the same resamples."""
+"""Metrics against scikit-learn; the bootstrap against a plain loop over the same resamples."""
 
 import warnings
 
@@ -6,11 +6,26 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from core import metrics
-from core.metrics import confusion, evaluate_scores, METRICS, per_class, point_metrics, recall_by_frequency
+import metrics
+from metrics import (
+    HISTORY_COLUMNS,
+    METRICS,
+    MONITORS,
+    confusion,
+    evaluate_scores,
+    metrics_for,
+    per_class,
+    point_metrics,
+    recall_by_frequency,
+    resample_counts,
+)
+from metrics.classification import Outcome
+
+SINGLE_LABEL = list(metrics_for(multi_label=False))
+MULTI_LABEL = list(metrics_for(multi_label=True))
 
 
-def make(n=200, n_classes=7, seed=0, tied=False, absent=()):
+def single_label_data(n=200, n_classes=7, seed=0, tied=False, absent=()):
     """Scores better than chance over unequal classes; `tied` leaves five distinct values."""
     rng = np.random.default_rng(seed)
     present = [c for c in range(n_classes) if c not in absent]
@@ -22,23 +37,93 @@ def make(n=200, n_classes=7, seed=0, tied=False, absent=()):
     return (np.round(scores * 4) / 4 if tied else scores), labels
 
 
-def reference(scores, labels, weight=None):
-    """The same five from scikit-learn, over the classes that carry weight."""
+def multi_label_data(n=120, classes=6, seed=0, tied=False):
+    """Scores better than chance, labels with unknown ones (nan) and no clip of class 5.
+
+    Returns scores, labels and predicted, each (n, classes).
+    """
+    rng = np.random.default_rng(seed)
+    labels = (rng.random((n, classes)) < [0.5, 0.3, 0.2, 0.1, 0.9, 0.0]).astype(float)
+    labels[labels.sum(1) == 0, 0] = 1
+    scores = 1 / (1 + np.exp(-(rng.normal(size=(n, classes)) + 1.5 * labels - 1)))
+    unknown = rng.random((n, classes)) < 0.15
+    unknown[np.arange(n), labels.argmax(1)] = False
+    labels[unknown] = np.nan
+    predicted = scores > rng.uniform(0.3, 0.6, classes)
+    return (np.round(scores * 5) / 5 if tied else scores), labels, predicted
+
+
+def single_label_reference(scores, labels, weight=None):
+    """The same metrics from scikit-learn, over the classes that have weight."""
     weight = np.ones(len(labels)) if weight is None else weight
     predicted = scores.argmax(axis=1)
     present = np.unique(labels[weight > 0])
+    options = {"labels": present, "sample_weight": weight, "zero_division": 0}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        f1 = [sk.f1_score(labels, predicted, labels=present, average=average,
-                          sample_weight=weight, zero_division=0)
-              for average in ("macro", "weighted")]
         ap = [sk.average_precision_score(labels == c, scores[:, c], sample_weight=weight)
               for c in present]
-        recall = sk.recall_score(labels, predicted, labels=present, average="macro",
-                                 sample_weight=weight, zero_division=0)
-    accuracy = sk.accuracy_score(labels, predicted, sample_weight=weight)
-    return dict(zip(METRICS, (accuracy, recall, *f1, np.mean(ap))))
+        return {
+            "accuracy": sk.accuracy_score(labels, predicted, sample_weight=weight),
+            "balanced_accuracy": sk.recall_score(labels, predicted, average="macro", **options),
+            "macro_f1": sk.f1_score(labels, predicted, average="macro", **options),
+            "weighted_f1": sk.f1_score(labels, predicted, average="weighted", **options),
+            "map": np.mean(ap),
+        }
 
+
+def multi_label_reference(scores, labels, predicted, weight):
+    """The same metrics from scikit-learn, class by class over the clips in which it is known."""
+    ap, f1, balanced, support, pairs = [], [], [], [], []
+    for c in range(labels.shape[1]):
+        known = ~np.isnan(labels[:, c]) & (weight > 0)
+        truth, guess, w = labels[known, c], predicted[known, c], weight[known]
+        pairs.append((truth, guess, w))
+        if (truth * w).sum() == 0:
+            continue
+        ap.append(sk.average_precision_score(truth, scores[known, c], sample_weight=w))
+        f1.append(sk.f1_score(truth, guess, sample_weight=w, zero_division=0))
+        support.append((truth * w).sum())
+        score = sk.recall_score if truth.all() else sk.balanced_accuracy_score
+        balanced.append(score(truth, guess, sample_weight=w))
+    truth, guess, w = (np.concatenate(column) for column in zip(*pairs, strict=True))
+    top_correct = []
+    for row, label in zip(scores, labels, strict=True):
+        known = np.flatnonzero(~np.isnan(label))
+        top_correct.append(label[known[row[known].argmax()]] == 1)
+    return {
+        "accuracy": np.average(top_correct, weights=weight),
+        "balanced_accuracy": np.mean(balanced),
+        "macro_f1": np.mean(f1),
+        "weighted_f1": np.average(f1, weights=support),
+        "map": np.mean(ap),
+        "micro_f1": sk.f1_score(truth, guess, sample_weight=w),
+    }
+
+
+# --- the table ---
+
+def test_table_gives_history_columns_and_monitors():
+    assert list(HISTORY_COLUMNS) == ["val_acc", "val_macro_f1", "val_map"]
+    assert list(MONITORS) == [*HISTORY_COLUMNS, "val_loss"]
+    assert not MONITORS["val_loss"].higher_is_better
+    assert all(metric.higher_is_better for metric in HISTORY_COLUMNS.values())
+    assert all(not metric.multi_label_only for metric in HISTORY_COLUMNS.values())
+    assert len({metric.column for metric in METRICS.values()}) == len(METRICS)
+
+
+def test_new_row_in_the_table_is_computed_with_its_interval(monkeypatch):
+    error = metrics.Metric("error", "error", "error", lambda c: 1 - c.top_correct / c.clips)
+    monkeypatch.setitem(METRICS, "error", error)
+    result = evaluate_scores(*single_label_data(), n_boot=20)
+    assert result["error"] == 1 - result["accuracy"]
+    low, high = result["accuracy_ci95"]
+    assert result["error_ci95"] == pytest.approx([1 - high, 1 - low])
+    scores, labels, predicted = multi_label_data()
+    assert "error" in point_metrics(scores, labels, predicted)
+
+
+# --- one label per clip ---
 
 CASES = {
     "plain": {},
@@ -51,66 +136,68 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("seed", range(5))
-def test_points_agree_with_sklearn(case, seed):
-    scores, labels = make(seed=seed, **CASES[case])
-    assert point_metrics(scores, labels) == pytest.approx(reference(scores, labels), abs=1e-12)
+def test_metrics_agree_with_sklearn(case, seed):
+    scores, labels = single_label_data(seed=seed, **CASES[case])
+    expected = single_label_reference(scores, labels)
+    assert point_metrics(scores, labels) == pytest.approx(expected, abs=1e-12)
 
 
-def test_balanced_accuracy_is_sklearns_own():
-    scores, labels = make(tied=True)
+def test_balanced_accuracy_agrees_with_sklearns_function_of_that_name():
+    scores, labels = single_label_data(tied=True)
     expected = sk.balanced_accuracy_score(labels, scores.argmax(axis=1))
     assert point_metrics(scores, labels)["balanced_accuracy"] == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_average_precision_with_integer_weights(tied):
-    scores, labels = make(n=60, seed=3, tied=tied)
+    scores, labels = single_label_data(n=60, seed=3, tied=tied)
     weights = np.random.default_rng(4).integers(0, 4, size=(60, 8)).astype(np.int32)
-    for index, ranking in metrics._rankings(scores, labels):
-        values = metrics._average_precision(ranking, weights)
+    for c, ranking in Outcome(scores, labels).rankings.items():
+        values = ranking.average_precision(weights)
         for r in range(weights.shape[1]):
-            if weights[labels == index, r].sum() == 0:
+            if weights[labels == c, r].sum() == 0:
                 assert np.isnan(values[r])
                 continue
             expected = sk.average_precision_score(
-                labels == index, scores[:, index], sample_weight=weights[:, r])
+                labels == c, scores[:, c], sample_weight=weights[:, r])
             assert values[r] == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bootstrap_is_the_slow_loop_over_the_same_resamples(case):
-    scores, labels = make(seed=11, **CASES[case])
+def test_intervals_equal_a_plain_loop_over_the_same_resamples(case):
+    scores, labels = single_label_data(seed=11, **CASES[case])
     result = evaluate_scores(scores, labels, n_boot=40, seed=5)
-    (counts,) = metrics.resample_counts(len(labels), 40, 5)
+    (counts,) = resample_counts(len(labels), 40, 5)
     by_weight, by_index = [], []
     for weight in counts.T:
-        by_weight.append(reference(scores, labels, weight))
-        again = np.repeat(np.arange(len(labels)), weight)
-        by_index.append(reference(scores[again], labels[again]))
-    for name in METRICS:
+        by_weight.append(single_label_reference(scores, labels, weight))
+        drawn = np.repeat(np.arange(len(labels)), weight)
+        by_index.append(single_label_reference(scores[drawn], labels[drawn]))
+    for name in SINGLE_LABEL:
         for loop in (by_weight, by_index):
             expected = np.percentile([values[name] for values in loop], (2.5, 97.5))
             assert result[f"{name}_ci95"] == pytest.approx(list(expected), abs=1e-12)
-    assert {k: result[k] for k in METRICS} == pytest.approx(reference(scores, labels), abs=1e-12)
+    expected = single_label_reference(scores, labels)
+    assert {name: result[name] for name in SINGLE_LABEL} == pytest.approx(expected, abs=1e-12)
 
 
 def test_resamples_draw_n_clips_evenly_and_do_not_depend_on_the_block_size(monkeypatch):
-    (whole,) = metrics.resample_counts(50, 400, 1)
+    (whole,) = resample_counts(50, 400, 1)
     assert whole.shape == (50, 400)
     assert (whole.sum(axis=0) == 50).all()
     assert abs(whole.mean(axis=1) - 1).max() < 0.2  # standard error 0.05 for each clip
     assert whole.var() == pytest.approx(1 - 1 / 50, abs=0.05)  # binomial(50, 1/50)
-    scores, labels = make(n=50)
+    scores, labels = single_label_data(n=50)
     result = evaluate_scores(scores, labels, n_boot=400, seed=1)
-    monkeypatch.setattr(metrics, "_BLOCK", 50 * 7)
-    blocks = list(metrics.resample_counts(50, 400, 1))
+    monkeypatch.setattr(metrics, "BLOCK_SIZE", 50 * 7)
+    blocks = list(resample_counts(50, 400, 1))
     assert len(blocks) == 58
     assert (np.concatenate(blocks, axis=1) == whole).all()
     assert evaluate_scores(scores, labels, n_boot=400, seed=1) == result
 
 
-def test_seed_decides_the_interval():
-    scores, labels = make()
+def test_seed_determines_the_interval():
+    scores, labels = single_label_data()
     first = evaluate_scores(scores, labels, n_boot=50, seed=0)
     assert first == evaluate_scores(scores, labels, n_boot=50, seed=0)
     assert first["map_ci95"] != evaluate_scores(scores, labels, n_boot=50, seed=1)["map_ci95"]
@@ -120,46 +207,47 @@ def test_interval_of_accuracy_is_the_binomial_one():
     n = 400
     labels = np.zeros(n, dtype=int)
     scores = np.tile([1.0, 0.0], (n, 1))
-    scores[:120] = [0.0, 1.0]  # 70% right
+    scores[:120] = [0.0, 1.0]  # 70% correct
     low, high = evaluate_scores(scores, labels, n_boot=4000)["accuracy_ci95"]
     half = 1.96 * np.sqrt(0.7 * 0.3 / n)
     assert low == pytest.approx(0.7 - half, abs=0.006)
     assert high == pytest.approx(0.7 + half, abs=0.006)
 
 
-def test_intervals_cover_the_truth():
-    # Some 109, 55 and 36 clips to a class: enough for the percentile interval of every metric.
-    draws = [make(n=200, n_classes=3, seed=s) for s in range(400)]
-    truth = {name: np.mean([point_metrics(*d)[name] for d in draws]) for name in METRICS}
-    held = dict.fromkeys(METRICS, 0)
-    for scores, labels in draws[:100]:
-        result = evaluate_scores(scores, labels, n_boot=200)
-        for name in METRICS:
+def test_intervals_cover_the_true_value():
+    # About 109, 55 and 36 clips per class: enough for the percentile interval of every metric.
+    datasets = [single_label_data(n=200, n_classes=3, seed=s) for s in range(400)]
+    points = [point_metrics(*data) for data in datasets]
+    n_covered = dict.fromkeys(SINGLE_LABEL, 0)
+    for data in datasets[:100]:
+        result = evaluate_scores(*data, n_boot=200)
+        for name in SINGLE_LABEL:
             low, high = result[f"{name}_ci95"]
-            held[name] += low <= truth[name] <= high
-    assert all(86 <= count <= 100 for count in held.values()), held
+            n_covered[name] += low <= np.mean([point[name] for point in points]) <= high
+    assert all(86 <= count <= 100 for count in n_covered.values()), n_covered
 
 
 def test_result_is_plain_python():
-    result = evaluate_scores(*make(n=20), n_boot=10)
-    assert list(result) == ["n", *METRICS, *(f"{name}_ci95" for name in METRICS)]
+    result = evaluate_scores(*single_label_data(n=20), n_boot=10)
+    assert list(result) == ["n", *SINGLE_LABEL, *(f"{name}_ci95" for name in SINGLE_LABEL)]
     assert type(result["n"]) is int
-    assert all(type(result[name]) is float for name in METRICS)
-    for name in METRICS:
+    assert all(type(result[name]) is float for name in SINGLE_LABEL)
+    for name in SINGLE_LABEL:
         low, high = result[f"{name}_ci95"]
         assert type(low) is float and type(high) is float and low <= high
 
 
 def test_one_clip_and_one_class():
     result = evaluate_scores([[0.2, 0.8]], [1], n_boot=10)
-    assert all(result[name] == 1.0 and result[f"{name}_ci95"] == [1.0, 1.0] for name in METRICS)
+    for name in SINGLE_LABEL:
+        assert result[name] == 1.0 and result[f"{name}_ci95"] == [1.0, 1.0]
     wrong = point_metrics([[0.2, 0.8]], [0])
-    assert wrong == {**dict.fromkeys(METRICS, 0.0), "map": 1.0}
-    only = evaluate_scores(np.full((6, 1), 0.5), np.zeros(6, dtype=int), n_boot=10)
-    assert all(only[name] == 1.0 for name in METRICS)
+    assert wrong == {**dict.fromkeys(SINGLE_LABEL, 0.0), "map": 1.0}
+    one_class = evaluate_scores(np.full((6, 1), 0.5), np.zeros(6, dtype=int), n_boot=10)
+    assert all(one_class[name] == 1.0 for name in SINGLE_LABEL)
 
 
-def test_undefined_is_nan_and_silent():
+def test_undefined_values_are_nan_without_a_warning():
     # Class 2 has no clips but is predicted once; class 3 has neither; class 1 is never predicted.
     scores = np.array([[9, 0, 1, 0], [8, 0, 1, 0], [7, 1, 0, 0], [0, 2, 5, 0]]) / 10
     with warnings.catch_warnings():
@@ -172,18 +260,19 @@ def test_undefined_is_nan_and_silent():
     assert rows[1]["ap"] == pytest.approx(0.5) and rows[1]["confused_with"] == 0
     assert rows[2]["precision"] == 0 and rows[2]["f1"] == 0
     assert np.isnan(rows[2]["recall"]) and np.isnan(rows[2]["ap"])
-    assert all(np.isnan(rows[3][k]) for k in ("precision", "recall", "f1", "ap"))
-    assert (rows[3]["support"], rows[3]["confused_with"], rows[3]["confused_count"]) == (0, -1, 0)
+    assert all(np.isnan(rows[3][key]) for key in ("precision", "recall", "f1", "ap"))
+    assert rows[3]["support"] == 0
+    assert (rows[3]["confused_with"], rows[3]["confused_count"]) == (-1, 0)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_per_class_agrees_with_sklearn(tied):
-    scores, labels = make(tied=tied, absent=(2,))
+    scores, labels = single_label_data(tied=tied, absent=(2,))
     predicted = scores.argmax(axis=1)
     rows = per_class(scores, labels, 7)
     expected = sk.precision_recall_fscore_support(
         labels, predicted, labels=range(7), zero_division=np.nan)
-    for name, values in zip(("precision", "recall", "f1", "support"), expected):
+    for name, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
         ours = [row[name] for row in rows]
         assert ours == pytest.approx(list(values), abs=1e-12, nan_ok=True)
     for c, row in enumerate(rows):
@@ -196,11 +285,12 @@ def test_per_class_agrees_with_sklearn(tied):
 
 def test_confusion_has_truth_in_rows():
     matrix = confusion([0, 0, 2], [1, 1, 2], 4)
-    assert matrix.shape == (4, 4) and matrix[0, 1] == 2 and matrix[2, 2] == 1 and matrix.sum() == 3
-    scores, labels = make(absent=(1,))
+    assert matrix.shape == (4, 4) and matrix.sum() == 3
+    assert matrix[0, 1] == 2 and matrix[2, 2] == 1
+    scores, labels = single_label_data(absent=(1,))
     predicted = scores.argmax(axis=1)
-    assert (confusion(labels, predicted, 7)
-            == sk.confusion_matrix(labels, predicted, labels=range(7))).all()
+    expected = sk.confusion_matrix(labels, predicted, labels=range(7))
+    assert (confusion(labels, predicted, 7) == expected).all()
     assert confusion([], [], 3).sum() == 0
 
 
@@ -214,14 +304,18 @@ def test_confusion_has_truth_in_rows():
     ([[0.5, 0.5]], [0, 1], "2 labels for 1 rows"),
     ([0.5, 0.5], [0, 1], r"\(n, C\)"),
 ])
-@pytest.mark.parametrize(
-    "function", [evaluate_scores, point_metrics, lambda s, y: per_class(s, y, 2)])
-def test_bad_input_is_named(function, scores, labels, message):
+@pytest.mark.parametrize("function", [
+    evaluate_scores,
+    point_metrics,
+    lambda scores, labels: per_class(scores, labels, 2),
+    lambda scores, labels: recall_by_frequency(scores, labels, [2, 1]),
+])
+def test_error_names_the_invalid_row_or_shape(function, scores, labels, message):
     with pytest.raises(ValueError, match=message):
         function(scores, labels)
 
 
-def test_bad_sizes_are_named():
+def test_error_names_the_size_that_does_not_fit():
     with pytest.raises(ValueError, match="2 columns for 3 classes"):
         per_class([[0.5, 0.5]], [0], 3)
     with pytest.raises(ValueError, match="n_boot"):
@@ -230,14 +324,94 @@ def test_bad_sizes_are_named():
         confusion([0, 1], [0], 2)
 
 
-def test_recall_by_frequency_by_hand():
-    """Seven classes: by training clips 5, 0 and 3 are the head, 1 and 6 the middle, 2 and 4 the tail; 3 has no test clip."""
+def test_recall_by_frequency_equals_a_result_by_hand():
+    # By training clips, classes 5, 0 and 3 are the head, 1 and 6 the middle, 2 and 4 the tail.
+    # Class 3 has no test clip.
     labels = np.array([5, 5, 0, 0, 1, 6, 6, 2, 4, 4])
     guesses = np.array([5, 0, 0, 0, 2, 6, 6, 2, 2, 0])
     scores = np.eye(7)[guesses]
     counts = [40, 20, 2, 30, 1, 50, 10]
-    found = recall_by_frequency(scores, labels, counts)
-    assert found == {"recall_head": 0.75, "recall_middle": 0.5, "recall_tail": 0.5}
+    expected = {"recall_head": 0.75, "recall_middle": 0.5, "recall_tail": 0.5}
+    assert recall_by_frequency(scores, labels, counts) == expected
     few = labels < 2
     assert recall_by_frequency(scores[few], labels[few], counts)["recall_tail"] is None
-    assert recall_by_frequency(scores, labels, np.full(len(counts), 7)) == {}  # none is frequent, none rare
+    assert recall_by_frequency(scores, labels, np.full(len(counts), 7)) == {}
+
+
+# --- several labels per clip ---
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_multi_label_metrics_agree_with_sklearn(seed, tied):
+    scores, labels, predicted = multi_label_data(seed=seed, tied=tied)
+    ones = np.ones(len(labels))
+    expected = multi_label_reference(scores, labels, predicted, ones)
+    assert point_metrics(scores, labels, predicted) == pytest.approx(expected, abs=1e-12)
+    expected = multi_label_reference(scores, labels, scores >= 0.5, ones)
+    assert point_metrics(scores, labels) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.filterwarnings("error")
+def test_multi_label_intervals_equal_a_plain_loop_over_the_same_resamples():
+    scores, labels, predicted = multi_label_data(n=25)
+    result = evaluate_scores(scores, labels, n_boot=20, seed=3, predicted=predicted)
+    weights = np.concatenate(list(resample_counts(25, 20, 3)), axis=1).T
+    values = [multi_label_reference(scores, labels, predicted, weight) for weight in weights]
+    assert list(result) == ["n", *MULTI_LABEL, *(f"{name}_ci95" for name in MULTI_LABEL)]
+    assert result["n"] == 25
+    for name in MULTI_LABEL:
+        expected = np.percentile([value[name] for value in values], (2.5, 97.5))
+        assert result[f"{name}_ci95"] == pytest.approx(expected, abs=1e-12)
+        assert type(result[name]) is float
+
+
+def test_multi_label_per_class_agrees_with_sklearn():
+    scores, labels, predicted = multi_label_data()
+    rows = per_class(scores, labels, 6, predicted)
+    for c, row in enumerate(rows):
+        known = ~np.isnan(labels[:, c])
+        truth, guess = labels[known, c], predicted[known, c]
+        assert row["support"] == truth.sum()
+        if c == 5:
+            assert np.isnan(row["recall"]) and np.isnan(row["ap"]) and row["precision"] == 0
+            continue
+        assert row["precision"] == pytest.approx(sk.precision_score(truth, guess))
+        assert row["recall"] == pytest.approx(sk.recall_score(truth, guess))
+        assert row["f1"] == pytest.approx(sk.f1_score(truth, guess))
+        expected = sk.average_precision_score(truth, scores[known, c])
+        assert row["ap"] == pytest.approx(expected)
+        missed = (labels[:, c] == 1) & ~predicted[:, c]
+        wrong = [(predicted[missed, d] & (labels[missed, d] == 0)).sum() for d in range(6)]
+        assert row["confused_count"] == max(wrong)
+        if max(wrong):
+            assert wrong[row["confused_with"]] == max(wrong)
+        else:
+            assert row["confused_with"] == -1
+    assert sum(row["confused_count"] > 0 for row in rows) >= 3
+
+
+def test_multi_label_recall_by_frequency_is_the_mean_of_the_classes_recall():
+    scores, labels, predicted = multi_label_data()
+    recall = [row["recall"] for row in per_class(scores, labels, 6, predicted)]
+    thirds = recall_by_frequency(scores, labels, [9, 8, 7, 6, 5, 4], predicted)
+    assert thirds == {
+        "recall_head": pytest.approx(np.mean(recall[:2])),
+        "recall_middle": pytest.approx(np.mean(recall[2:4])),
+        "recall_tail": pytest.approx(recall[4]),  # class 5 has no clips
+    }
+
+
+@pytest.mark.parametrize("labels, message", [
+    ([[1, 2]], "0, 1 and nan"),
+    ([[1, 0, 0]], r"\(n, 2\)"),
+    ([[0, np.nan]], "row 0 .* no class"),
+    ([[1, 0]] * 2, "2 labels for 1 rows"),
+])
+def test_error_names_what_is_wrong_with_multi_label_labels(labels, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_scores([[0.5, 0.5]], labels)
+
+
+def test_error_names_predictions_of_another_shape():
+    with pytest.raises(ValueError, match="predicted"):
+        point_metrics([[0.5, 0.5]], [[1, 0]], [[True]])
