@@ -35,8 +35,8 @@ def write_results(folder: Path, result, manifest, classes: Sequence[str], split:
     holds calibrated ones, as predict.py writes them; so do multi-label decisions.
 
     Args:
-        result: an Evaluation: rows (n,), labels (n,) or (n, C), scores (n, C), losses (n,), tiles
-            (n,), hits (n,), broken.
+        result: an Evaluation: rows (n,), labels (n,) or (n, C), scores (n, C), losses (n,), n_tiles
+            (n,), correct_tiles (n,), broken.
         manifest: the clips that `result.rows` points into.
         calibration: {"temperature": float, "thresholds": (C,) floats}.
     """
@@ -62,8 +62,8 @@ def _metrics(result, manifest, split, calibration, calibrated, predicted):
         **evaluate_scores(result.scores, result.labels, predicted=predicted),
         "loss": float(result.losses.mean()),
         "unreadable": len(result.broken),
-        "tiles": int(result.tiles.sum()),
-        "tile_accuracy": float(result.hits.sum() / result.tiles.sum()),
+        "tiles": int(result.n_tiles.sum()),
+        "tile_accuracy": float(result.correct_tiles.sum() / result.n_tiles.sum()),
         "temperature": calibration["temperature"],
         "ece": reliability(result.scores, result.labels)[1],
         "ece_calibrated": reliability(calibrated, result.labels)[1],
