@@ -30,10 +30,12 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from core.checkpoint import CheckpointError, load_checkpoint, reading, sync
-from core.guard import NumbersError
+from core.run.checkpoint import as_checkpoint_error as reading, load_checkpoint
+from core.divergence import TrainingError as NumbersError
 from data.manifest import Manifest
-from evaluate import calibration_of, escape_names, fail, find_checkpoint, multi_label_of, restore
+from core.exits import run_script, print_error
+from core.scoring import calibration_of, find_checkpoint, is_multi_label as multi_label_of, restore
+from util import InputError, fsync_path as sync
 from model.ast import AST
 from model.frontend import Fbank, FrontendConfig
 from model.pretrained import load_pretrained, to_hub
@@ -47,11 +49,10 @@ MARK = "warble"  # in whatever is written, so that it is known again
 TOLERANCE = 1e-4
 
 
-class ExportError(ValueError):
+class ExportError(InputError):
     """What cannot be exported or written: one line that says why and the mend."""
 
 
-INPUT_ERRORS = (CheckpointError, ExportError)
 
 
 class Scorer(nn.Module):
@@ -322,7 +323,7 @@ def write_torch(path, scorer, info, waves):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(fail(f"{message} (see --help)"))
+    parser.error = lambda message: [print_error(f"{message} (see --help)"), sys.exit(2)]
     add = parser.add_argument
     add("--ckpt", required=True, help="a checkpoint; a bare name is looked up in the newest run under runs/")
     add("--to", required=True, choices=tuple(OUT), help="the format")
@@ -359,10 +360,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    escape_names()
-    try:
-        main()
-    except INPUT_ERRORS as error:
-        sys.exit(fail(error))
-    except NumbersError as error:
-        sys.exit(fail(error, 3))
+    run_script(main)
