@@ -447,7 +447,7 @@ def main(argv=None):
     samples = round(args.seconds * frontend.config.sample_rate)
     weights = f"none (random, seed {args.seed})" if state is None else state["weights"]
     if state is None and args.weights != "none":
-        report = ranks.once(lambda: load_pretrained(model, args.weights, own_reader=load_checkpoint))
+        report = ranks.once(lambda: load_pretrained(model, args.weights, own_reader=load_checkpoint, frontend=frontend.config))
         model.set_grid(report.columns)  # where another process has loaded them
         weights = f"{report.source}, sha256 {report.sha256}"
         print("\n".join(report.lines()))
