@@ -3,9 +3,9 @@
     pip install -r bench/requirements.txt
     python bench/frontend.py
 
-LogMel against librosa (one clip at a time) and torchaudio (MelSpectrogram and AmplitudeToDB, batched);
-Fbank against torchaudio's Kaldi fbank (one clip at a time) and the hub's feature extractor. Clips are
-4 s of noise.
+LogMel against librosa (one clip at a time) and torchaudio (MelSpectrogram and AmplitudeToDB,
+batched). Fbank against torchaudio's Kaldi fbank (one clip at a time) and the hub's feature
+extractor. Clips are 4 s of noise.
 """
 import argparse
 
@@ -77,7 +77,8 @@ def main():
     generator = torch.Generator().manual_seed(0)
     rows = []
     for batch in args.batches:
-        for sides in (logmel_sides(batch, generator, device), fbank_sides(batch, generator, device)):
+        for make_sides in (logmel_sides, fbank_sides):
+            sides = make_sides(batch, generator, device)
             with torch.inference_mode():
                 times = in_turn(sides, args.rounds, device)
             own = next(iter(times.values()))

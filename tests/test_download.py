@@ -77,8 +77,8 @@ for name in {names!r}:
 def load(names, home, endpoint, published=None):
     """Load the weights `names` in a process that knows only this server and this cache.
 
-    published: entries of AUDIOSET to replace. Returns one line per name: the first line of the report
-    and the sum of the last norm, or "refused" and the error.
+    published: entries of AUDIOSET to replace. Returns one line per name: the first line of the
+    report and the sum of the last norm, or "refused" and the error.
     """
     code = LOAD.format(published=published or {}, names=names)
     environment = {key: value for key, value in os.environ.items()
