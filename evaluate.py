@@ -1,461 +1,185 @@
 """Evaluate a checkpoint: python evaluate.py --ckpt best.pt
 
-Takes no geometry flags: the checkpoint says what the model, the front end, the classes and the split are.
-Holds `evaluate()`, which validation during training and the test both use.
+The checkpoint says what the model, the front end, the classes and the split are, so no flag does.
 """
 import argparse
-import csv
-import json
 import os
 import shlex
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow the rest
 import numpy as np
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads stall on a shared CPU
 import torch
-from tqdm import tqdm
 
-from core.checkpoint import CheckpointError, load_checkpoint, reading
-from core.guard import NumbersError
-from core.precision import DeviceError, choose_precision, pick_device
-from core.run import RunError, newest_run, write_json
+from core.device.precision import choose_precision, pick_device
+from core.exits import INVALID_INPUT, print_error, run_script
+from core.run.checkpoint import Checkpoint, as_checkpoint_error, load_checkpoint
+from core.scoring import Scorer, calibration_of, evaluate, find_checkpoint, restore
+from core.scoring.report_page import write_report
 from data.cache import WaveCache
 from data.clips import Clips, evaluation_batches
-from data.manifest import SPLITS, DataError, Manifest, load_manifest
+from data.manifest import SPLITS, DataError, Manifest
 from data.named import credit, find_data
 from data.prepare import cache_folder
-from data.scan import printable, scan
-from losses import SIGMOID, build_loss, hits as hits_of
-from metrics import (apply_temperature, check_calibration, confusion, evaluate_scores, metrics_for, per_class,
-                     predicted_classes, recall_by_frequency, reliability)
-from model.ast import AST, ASTConfig
-from model.frontend import FrontendConfig, build_frontend
-from model.relevance import patch_relevance
-from report import examples, page, pictures
-
-INPUT_ERRORS = (CheckpointError, DataError, DeviceError, RunError)
-# The report looks for wrong labels among so many training clips, for so many seconds, and for what mattered for so long.
-SUSPECT_CLIPS, SUSPECT_SECONDS, RELEVANCE_SECONDS = 2000, 120, 60
+from data.scan import scan
+from data.load import load_manifest
+from losses import SIGMOID_LOSSES, build_loss
+from report.results import result_lines, write_results
+from util import summarize
 
 
-@dataclass
-class Evaluation:
-    """Scores of the clips that could be read, in the order of their rows."""
-    rows: np.ndarray  # (n,) manifest rows
-    labels: np.ndarray  # (n,) class indices, or (n, classes) of 1, 0 and nan where clips may have several labels
-    scores: np.ndarray  # (n, classes) probabilities (of several labels each for itself), the mean over each clip's tiles
-    losses: np.ndarray  # (n,) the mean over each clip's tiles
-    broken: dict  # row -> why it could not be read
-    tiles: np.ndarray  # (n,) how many each clip has
-    hits: np.ndarray  # (n,) how many of them alone would have been right
-
-    @classmethod
-    def merge(cls, parts):
-        """One Evaluation from those of the ranks, which had every n-th row each, ordered by row."""
-        rows, labels, scores, losses, tiles, hits = (np.concatenate([getattr(part, name) for part in parts]) for name in (
-            "rows", "labels", "scores", "losses", "tiles", "hits"))
-        order = np.argsort(rows)
-        return cls(rows[order], labels[order], scores[order], losses[order],
-                   {row: why for part in parts for row, why in part.broken.items()}, tiles[order], hits[order])
-
-
-@torch.inference_mode()
-def window_scores(model, frontend, wave, precision, multi_label):
-    """The one way from audio to scores: waveforms (B, samples) -> logits (B, classes) and features (B, dim), on the device, and
-    scores (B, classes) in float64 on the CPU: of each class for itself, or adding up to 1 over the classes."""
-    wave = wave.to(precision.device, non_blocking=True)
-    with precision.autocast():
-        features = model.features(frontend(wave))
-        logits = model.head(features)
-    scores = logits.float().cpu().double().sigmoid() if multi_label else logits.float().softmax(dim=1).cpu().double()
-    return logits, scores.numpy(), features
-
-
-@torch.inference_mode()
-def evaluate(model, frontend, batches, manifest, rows, loss_fn, precision, stop=None, show=None):
-    """Score every clip of `rows` once -> Evaluation, or None where `stop()` turned true on the way.
-
-    batches: from `evaluation_batches` over the same rows. A clip with an unreadable tile is left out and
-    listed in `.broken`. Raises NumbersError where scores are not finite.
-    """
-    model.eval()
-    loss_fn.eval()
-    index = {int(row): i for i, row in enumerate(rows)}
-    n_classes = model.config.n_classes
-    scores, losses = np.zeros((len(rows), n_classes)), np.zeros(len(rows))
-    tiles, hits, broken = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64), {}
-    bar = tqdm(batches, desc=show, leave=False, disable=show is None or not sys.stderr.isatty(), unit="batch")
-    with precision.window():
-        for batch in bar:
-            if stop is not None and stop():
-                return None
-            broken.update(batch.broken)
-            if len(batch.rows) == 0:
-                continue
-            logits, tile_scores, _ = window_scores(model, frontend, batch.wave, precision, manifest.multi_label)
-            loss = loss_fn(logits, batch.target.to(precision.device, non_blocking=True))
-            at = [index[row] for row in batch.rows.tolist()]
-            np.add.at(scores, at, tile_scores)
-            np.add.at(losses, at, loss.cpu().double().numpy())
-            np.add.at(tiles, at, 1)
-            np.add.at(hits, at, hits_of(logits.cpu(), batch.target).numpy())
-    keep = np.array([int(row) not in broken for row in rows], dtype=bool) & (tiles > 0)
-    scores, losses = scores[keep] / tiles[keep, None], losses[keep] / tiles[keep]
-    rows = np.asarray(rows)[keep]
-    if not np.isfinite(scores).all() or not np.isfinite(losses).all():
-        raise NumbersError("the model's scores are not finite: its weights are damaged or the precision is too low; try "
-                           "--amp off")
-    labels = manifest.targets(rows) if manifest.multi_label else manifest.labels[rows].astype(np.int64)
-    return Evaluation(rows, labels, scores, losses, broken, tiles[keep], hits[keep])
-
-
-def write_results(folder, result, manifest, classes, split, calibration):
-    """Write metrics.json, predictions.csv, scores.npz, per_class.csv and confusion.png into `folder` -> the metrics.
-
-    calibration: what `calibration_of` gives. The figures and scores.npz are of scores as the model gives them, but for what is
-    said of clips that may have several labels (which have no confusion.png): that, and predictions.csv, is of calibrated ones,
-    as predict.py writes them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    several = result.labels.ndim == 2
-    said = predicted_classes(result.scores, calibration) if several else None
-    metrics = {"split": split, **evaluate_scores(result.scores, result.labels, predicted=said), "loss": float(result.losses.mean()),
-               "unreadable": len(result.broken), "tiles": int(result.tiles.sum()),
-               "tile_accuracy": float(result.hits.sum() / result.tiles.sum())}
-    tempered = apply_temperature(result.scores, calibration["temperature"], several)
-    metrics |= {"temperature": calibration["temperature"], "ece": reliability(result.scores, result.labels)[1],
-                "ece_calibrated": reliability(tempered, result.labels)[1]}
-    trained = manifest.rows("train")
-    if len(trained):  # none in other data
-        metrics |= recall_by_frequency(result.scores, result.labels, manifest.take(trained).counts(), said)
-    write_json(folder / "metrics.json", metrics)
-    np.savez(folder / "scores.npz", scores=result.scores.astype(np.float32), labels=result.labels, rows=result.rows,
-             **({"said": said} if several else {}))
-    best = np.argsort(-tempered, axis=1, kind="stable")[:, :5]
-    with open(folder / "predictions.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        out = csv.writer(file)
-        out.writerow("path start end label prediction confidence top5".split())
-        for i, (row, order, scores) in enumerate(zip(result.rows, best, tempered, strict=True)):
-            end = manifest.end[row]
-            answers = [c for c in order if said[i, c]] + [c for c in np.flatnonzero(said[i]) if c not in order] if several else order[:1]
-            out.writerow([manifest.paths[row], f"{manifest.start[row]:g}", "" if np.isnan(end) else f"{end:g}",
-                          manifest.label_text(row), "; ".join(classes[c] for c in answers), f"{scores[[*answers, order[0]][0]]:.6f}",
-                          "; ".join(f"{classes[i]} {scores[i]:.4f}" for i in order)])
-    with open(folder / "per_class.csv", "w", newline="", encoding="utf-8") as file:
-        out = csv.writer(file)
-        out.writerow("class precision recall f1 ap support confused_with confused_count".split() + ["threshold"] * several)
-        for i, (name, row) in enumerate(zip(classes, per_class(result.scores, result.labels, len(classes), said), strict=True)):
-            other = "" if row["confused_with"] < 0 else classes[row["confused_with"]]
-            figures = ["" if np.isnan(row[key]) else f"{row[key]:.4f}" for key in ("precision", "recall", "f1", "ap")]
-            out.writerow([name, *figures, row["support"], other, row["confused_count"],
-                          *([f"{calibration['thresholds'][i]:.6f}"] if several else [])])
-    if not several:
-        matrix = confusion(result.labels, result.scores.argmax(axis=1), len(classes))
-        pictures.confusion(matrix, classes, folder / "confusion.png")
-    return metrics
-
-
-def result_lines(metrics):
-    """The figures with their 95% bootstrap intervals, for a person."""
-    lines = [f"{metrics['split']}: {metrics['n']} clips"
-             + (f", {metrics['unreadable']} unreadable and left out" if metrics["unreadable"] else "")]
-    for key, name in (("accuracy", "accuracy"), ("balanced_accuracy", "balanced accuracy"), ("macro_f1", "macro F1"),
-                      ("weighted_f1", "weighted F1"), ("map", "mAP"), ("micro_f1", "micro F1")):
-        if key not in metrics:  # of clips with one label micro F1 is the accuracy
-            continue
-        low, high = metrics[f"{key}_ci95"]
-        lines.append(f"  {name:<18} {metrics[key]:.3f}   (95% interval {low:.3f} to {high:.3f})")
-    if metrics["tiles"] > metrics["n"]:
-        lines.append(f"  {'tiles alone':<18} {metrics['tile_accuracy']:.3f}   ({metrics['tiles']} tiles; above, their mean per clip)")
-    lines.append(f"  calibration error  {metrics['ece']:.3f}, {metrics['ece_calibrated']:.3f} at temperature "
-                 f"{metrics['temperature']:.2f} (fitted on validation)")
-    thirds = {name: metrics.get(f"recall_{name}") for name in ("head", "middle", "tail")}
-    if any(value is not None for value in thirds.values()):
-        lines.append("  recall of classes  " + ", ".join(
-            f"{name} {'-' if value is None else f'{value:.3f}'}" for name, value in thirds.items())
-            + "   (thirds by number of training clips)")
-    return lines
-
-
-def write_report(out, checkpoint, calibration, epoch, folder, result, model, frontend, clips, loss_fn, precision, batch_size,
-                 options=()):
-    """Write the page `out` about the results in `folder`, with clips to listen to out of `result` and, where the manifest has
-    them, out of the training clips -> a line for the person. checkpoint, calibration, epoch: its path, what `calibration_of`
-    gives for it, and the epoch that its weights are of; options: words for evaluate.py to do it again."""
-    manifest, rows = clips.manifest, clips.manifest.rows("train")
-    split = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["split"]
-
-    def listen(result, kinds):
-        return examples_of(kinds, result, calibration, model, frontend, clips, precision)
-    trained, kinds, scored, shown = result, ("suspect", "uncertain", "right"), (0, len(rows), 0), []
-    if split != "train":
-        some = np.random.default_rng(0).permutation(rows)[:SUSPECT_CLIPS]
-        trained, kinds = score_some(some, model, frontend, clips, loss_fn, precision, batch_size), ("suspect",)
-    if trained is not None:
-        said = examples.answers(apply_temperature(trained.scores, calibration["temperature"], manifest.multi_label), trained.labels,
-                                calibration["thresholds"])
-        truth = examples.answers(manifest.targets(trained.rows), trained.labels, 0.5)
-        scored, shown = (len(trained.rows), len(rows), int((said != truth).any(axis=1).sum())), listen(trained, kinds)
-    if split != "train":
-        shown += listen(result, examples.OF_TEST)
-    tempered = apply_temperature(result.scores, calibration["temperature"], manifest.multi_label)
-    bins = [reliability(scores, result.labels)[0] for scores in (result.scores, tempered)]
-    try:
-        page.write_page(out, checkpoint.parent, folder, shown, bins, scored, manifest.root, frontend.mel_hz.numpy(),
-                        (model.config.patch, model.config.stride), epoch,
-                        shlex.join(["python", "evaluate.py", "--ckpt", str(checkpoint), *options]))
-    except OSError as error:
-        return f"{out}: cannot be written ({error.strerror}); the results are in {folder}"
-    return f"written: {out}"
-
-
-def score_some(rows, model, frontend, clips, loss_fn, precision, batch_size):
-    """An Evaluation of these rows, or of as many as SUSPECT_SECONDS allow; None of none."""
-    began, parts = time.monotonic(), []
-    for i in range(0, len(rows), 100):
-        if time.monotonic() - began > SUSPECT_SECONDS:
-            break
-        some = rows[i:i + 100]
-        parts.append(evaluate(model, frontend, evaluation_batches(clips, some, batch_size), clips.manifest, some, loss_fn, precision,
-                              show="training clips"))
-    return Evaluation.merge(parts) if sum(len(part.rows) for part in parts) else None
-
-
-def examples_of(kinds, result, calibration, model, frontend, clips, precision, most_tiles=32):
-    """[examples.Example] of these kinds out of an Evaluation: of each clip the tile that speaks most for the class it was chosen for,
-    of at most so many spread over it. A clip that cannot be read any more is left out."""
-    manifest, rate, found, began = clips.manifest, clips.rate, [], time.monotonic()
-    scores = apply_temperature(result.scores, calibration["temperature"], manifest.multi_label)
-    said = examples.answers(scores, result.labels, calibration["thresholds"])
-    for kind, i, focus in examples.choose(scores, result.labels, kinds, calibration["thresholds"]):
-        row = int(result.rows[i])
-        starts = clips.tiles(row)
-        starts = [starts[j] for j in np.unique(np.linspace(0, len(starts) - 1, min(most_tiles, len(starts))).astype(int))]
-        batch = clips.batch([(row, start) for start in starts])
-        if batch.broken:
-            continue
-        _, tile_scores, _ = window_scores(model, frontend, batch.wave, precision, manifest.multi_label)
-        tile, relevance = int(tile_scores[:, focus].argmax()), None
-        with torch.no_grad():
-            spec = frontend(batch.wave[tile:tile + 1].to(precision.device))
-        if time.monotonic() - began < RELEVANCE_SECONDS:
-            relevance = patch_relevance(model, spec, torch.tensor([focus], device=spec.device))[0].cpu().numpy()
-        start, length = starts[tile], min(clips.samples, int(clips.total[row]) - starts[tile])
-        begin = float(manifest.start[row]) + start / rate
-        found.append(examples.Example(kind, i, manifest.paths[row], manifest.file(row), begin, begin + length / rate,
-                                  manifest.positives([row])[1].tolist(), np.flatnonzero(said[i]).tolist(), focus, scores[i],
-                                  spec[0].cpu().numpy(), relevance, batch.wave[tile].cpu().numpy(), rate))
-    return found
-
-
-def pooled_results(folders, out):
-    """The figures over the test folders of all folds: their mean and deviation over the folds, and those of all clips
-    together -> lines for a person. Writes folds.json into `out`."""
-    parts, each = [], []
-    for folder in folders:
-        with np.load(folder / "scores.npz") as file:
-            parts.append([file.get(name) for name in ("scores", "labels", "said")])
-        each.append(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
-    scores, labels, said = (None if part[0] is None else np.concatenate(part) for part in zip(*parts, strict=True))
-    pooled = evaluate_scores(scores, labels, predicted=said)
-    over, names = {}, metrics_for(labels.ndim == 2)
-    for key in names:
-        values = [metrics[key] for metrics in each]
-        over[key] = {"mean": float(np.mean(values)), "deviation": float(np.std(values, ddof=1)), "folds": values}
-    write_json(out / "folds.json", {"over_folds": over, "pooled": pooled})
-    lines = [f"\n{len(each)} folds, {pooled['n']} clips", "                     mean   deviation over folds   all clips together"]
-    for key in names:
-        low, high = pooled[f"{key}_ci95"]
-        lines.append(f"  {key.replace('_', ' '):<18} {over[key]['mean']:.3f}   {over[key]['deviation']:.3f}                  "
-                     f"{pooled[key]:.3f} (95% interval {low:.3f} to {high:.3f})")
-    return [*lines, f"written: {out}/folds.json"]
-
-
-def weights_of(state):
-    """The weights of a checkpoint that are evaluated: the averages, where the run kept some."""
-    return state["ema"] or state["model"]
-
-
-def multi_label_of(state):
-    """Whether a checkpoint's clips may have several labels, so that each class is a question of its own."""
-    with reading(state.path):
-        return state["manifest"].get("label_set") is not None
-
-
-def calibration_of(state):
-    """The temperature and the thresholds of a checkpoint {"temperature": float, "thresholds": [float]}: 1 and 0.5 in one that
-    older versions wrote."""
-    with reading(state.path):
-        found = state["calibration"] or {"temperature": 1.0, "thresholds": [0.5] * len(state["classes"])}
-        return check_calibration(found, len(state["classes"]))
-
-
-def restore(state, device, averaged=True):
-    """The model and the front end that a checkpoint from `load_checkpoint` describes, on a device."""
-    with reading(state.path):
-        weights = weights_of(state) if averaged else state["model"]
-        config, frontend = ASTConfig(**state["config"]), FrontendConfig(**state["frontend"])
-        found = {name: value.shape for name, value in weights.items()}
-        if config.depth != len({name.split(".")[1] for name in found if name.startswith("blocks.")}):
-            raise ValueError(f"its weights are not of depth {config.depth}")
-        with torch.device("meta"):  # shapes without memory, whatever sizes it claims
-            shapes = {name: value.shape for name, value in AST(config).state_dict().items()}
-        for name in [*shapes, *found]:
-            if shapes.get(name) != found.get(name):
-                raise ValueError(f"{name[:60]} has shape {found.get(name)}, its config gives {shapes.get(name)}")
-        if not config.patch <= frontend.frames(state["clip"]["samples"]) < 10**6 or frontend.n_mels != config.n_mels:
-            raise ValueError(f"its clip of {state['clip']['samples']} samples does not fit its front end and model")
-        if len(state["classes"]) != config.n_classes:
-            raise ValueError(f"{len(state['classes'])} classes and {config.n_classes} scores")
-        model = AST(config)
-        model.load_state_dict(weights)
-        return model.to(device), build_frontend(frontend).to(device)
-
-
-def find_checkpoint(name):
-    """A path as given; a bare name that is no file here is looked up in the newest run."""
-    path = Path(name)
-    if path.is_file() or path.name != name:
-        return path
-    found = newest_run("runs", name)
-    if found is None:
-        newest = newest_run("runs", "last.pt")
-        mend = "train first (python train.py) or give a path" if newest is None else (
-            f"the newest, {newest.parent}, has {', '.join(sorted(p.name for p in newest.parent.glob('*.pt')))}")
-        raise CheckpointError(f"--ckpt {name}: no such file here, and no run under runs/ has one; {mend}")
-    return found
-
-
-def evaluation_data(state, data, audio_dir, split):
-    """What to evaluate on -> (manifest with the checkpoint's classes, rows, split name, notes)."""
-    with reading(state.path):
-        own = Manifest.from_dict(state["manifest"])
-        if own.classes != state["classes"]:
-            raise ValueError("the classes of its manifest are not its own")
-        if own.multi_label and state["loss"]["name"] not in SIGMOID:
-            raise ValueError("its manifest has several labels a clip, which its loss cannot learn")
-    if data is not None:
-        other = load_manifest(data, audio_dir, own.classes)
-        known = {path: row for row, path in enumerate(own.paths)}
-        if np.mean([path in known for path in other.paths]) > 0.5:
-            # The training data in another place: its split stands, or training clips would be tested on.
-            own.root = other.root
-        else:
-            return _other_data(other, own.classes, own.multi_label)
-    rows = own.rows(split)
-    if len(rows) == 0:
-        there = [name for name in SPLITS if len(own.rows(name))]
-        raise DataError(f"--split {split}: the run has no such clips; it has {', '.join(there)}")
-    missing = [row for row in rows if not own.file(row).exists()]
-    if len(missing) == len(rows):
-        raise DataError(f"{own.file(rows[0])}: the run's recordings are not there any more; give their folder with "
-                        "--data")
-    return own, rows, split, [f"data: {own.root}, the split made in training"]
-
-
-def _other_data(other, classes, multi_label):
-    """Map another data set's labels to the checkpoint's classes; all of its readable clips are used."""
-    strange = [name for name in other.classes if name not in classes]
-    if strange:
-        raise DataError(f"--data: classes that the checkpoint does not know: {', '.join(strange[:5])}"
-                        f"{' ...' if len(strange) > 5 else ''}; it knows {', '.join(classes[:5])}"
-                        f"{' ...' if len(classes) > 5 else ''}; rename or leave them out")
-    if not multi_label and other.multi_label and any(len(held) > 1 for held, _ in other.label_sets):
-        raise DataError(f"--data {other.root}: clips with several labels, but the checkpoint has learnt that a clip has one; give "
-                        "clips with one label, or a checkpoint of such data")
-    if multi_label != other.multi_label:
-        other = other.with_sets([((int(label),), ()) for label in other.labels]) if multi_label else other.one_label()
-    seen = scan(other, None, full=False)
-    keep = np.flatnonzero(seen.ok)
-    if len(keep) == 0:
-        raise DataError(f"--data {other.root}: none of the {len(other)} files can be read; the first: "
-                        f"{other.paths[0]}: {seen.reasons[0]}")
-    found = other.take(keep).relabelled(classes, [classes.index(name) for name in other.classes])
-    found.duration = seen.duration[keep]
-    notes = [f"data: {other.root}, all {len(keep)} clips (not the training data)"]
-    if len(keep) < len(other):
-        notes.append(f"  {len(other) - len(keep)} files cannot be read and are left out")
-    return found, np.arange(len(keep)), "all", notes
-
-
-def parse(argv=None):
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0])
-    parser.error = lambda message: sys.exit(fail(f"{message} (see --help)"))
+
+    def error(message):
+        print_error(f"{message} (see --help)")
+        sys.exit(INVALID_INPUT)
+
+    parser.error = error
     add = parser.add_argument
-    add("--ckpt", required=True, help="a checkpoint; a bare name is looked up in the newest run under runs/")
-    add("--split", default="test", choices=SPLITS, help="which part of the run's own split (default: test)")
-    add("--data", help="other data with the same classes, or the same data in another place; as train.py takes it")
+    add("--ckpt", required=True, help="checkpoint; a bare name is looked up in the newest run "
+        "under runs/")
+    add("--split", default="test", choices=SPLITS, help="part of the run's own split (default: "
+        "test)")
+    add("--data", help="other data with the same classes, or the same data in another place; as "
+        "for train.py")
     add("--audio-dir", help="folder that the paths of a CSV given with --data are relative to")
-    add("--out", help="where to write the results (default: <run folder>/<split>)")
+    add("--out", help="folder for the results (default: <run folder>/<split>)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="precision (default: as in training "
-        "where the device can)")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="precision")
     add("--batch-size", type=int, default=16, help="tiles at a time")
-    add("--workers", type=int, default=0, help="processes that decode beside this one")
+    add("--workers", type=int, default=0, help="processes that decode audio beside this one")
     args = parser.parse_args(argv)
-    if args.batch_size < 1 or args.workers < 0:
-        parser.error("--batch-size and --workers: --batch-size from 1, --workers from 0")
+    if args.batch_size < 1:
+        parser.error(f"--batch-size {args.batch_size}: must be at least 1")
+    if args.workers < 0:
+        parser.error(f"--workers {args.workers}: must be at least 0")
     return args
 
 
-def fail(message, code=2):
-    """Say on one line what is wrong -> the exit code."""
-    print(f"error: {printable(message)}", file=sys.stderr)
-    return code
-
-
-def escape_names():
-    """From here on print names that are not UTF-8, or that the terminal cannot show, as escapes."""
-    if hasattr(sys.stdout, "reconfigure"):  # not where somebody has put another stream there
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate one checkpoint -> exit code. Errors are raised; see core/exits.py."""
     args = parse(argv)
     path = find_checkpoint(args.ckpt)
     print(f"checkpoint: {path}")
-    state = load_checkpoint(path)
-    device = pick_device(args.device)
+    checkpoint, device = load_checkpoint(path), pick_device(args.device)
     precision = choose_precision(device, args.amp)
     print(f"device: {device}, {precision.name} ({precision.reason})")
-    model, frontend = restore(state, device)
-    with reading(path):
-        kept, cached = cache_folder(state["flags"]["cache_dir"]), state["flags"].get("cache", "off") != "off"
-    data = args.data and find_data(args.data, kept)
-    manifest, rows, split, notes = evaluation_data(state, data, args.audio_dir, args.split)
-    print("\n".join(notes + [f"  {line}" for line in credit(manifest.root)]))
-    with reading(path):
-        cache = WaveCache(kept / "audio", frontend.config.sample_rate) if cached else None
-        clips = Clips(manifest, frontend.config.sample_rate, state["clip"]["samples"], state["clip"]["short"], cache=cache)
-        loss_fn = build_loss(**state["loss"]).to(device)
-        loss_fn(torch.zeros(1, len(state["classes"]), device=device), torch.zeros(1, dtype=torch.long, device=device))
-    batches = evaluation_batches(clips, rows, args.batch_size, args.workers, pin=device.type == "cuda")
-    result = evaluate(model, frontend, batches, manifest, rows, loss_fn, precision, show=split)
+    model, frontend = restore(checkpoint, device)
+    with as_checkpoint_error(path):
+        cache_root = cache_folder(checkpoint["flags"]["cache_dir"])
+    data = args.data and find_data(args.data, cache_root)
+    manifest, rows, split, notes = evaluation_data(checkpoint, data, args.audio_dir, args.split)
+    notes += [f"  {line}" for line in credit(manifest.root)]
+    print("\n".join(notes))
+    with as_checkpoint_error(path):
+        clips = open_clips(checkpoint, manifest, frontend.config.sample_rate, cache_root)
+        scorer = Scorer(model, frontend, restore_loss(checkpoint, device), precision)
+    batches = evaluation_batches(clips, rows, args.batch_size, args.workers,
+                                 pin=device.type == "cuda")
+    result = evaluate(scorer, batches, manifest, rows, progress_title=split)
     for row, reason in list(result.broken.items())[:10]:
         print(f"  left out: {manifest.paths[row]}: {reason}")
     if len(result.rows) == 0:
-        raise DataError(f"{manifest.root}: none of the {len(rows)} clips can be read; give their folder with --data")
+        raise DataError(f"{manifest.root}: none of the {len(rows)} clips can be read; give their "
+                        "folder with --data")
     folder = Path(args.out) if args.out else path.parent / split
-    calibration = calibration_of(state)
-    metrics = write_results(folder, result, manifest, state["classes"], split, calibration)
+    calibration = calibration_of(checkpoint)
+    metrics = write_results(folder, result, manifest, checkpoint["classes"], split, calibration)
     print("\n".join(result_lines(metrics)))
-    print(f"written: {folder}/metrics.json, predictions.csv, scores.npz, per_class.csv" + ", confusion.png" * (
-        not manifest.multi_label), flush=True)
-    out = (folder if args.out or split != "test" else path.parent) / "report.html"
-    options = [f"--{name}={value}" for name in ("split", "data", "audio-dir", "out")
-               if (value := getattr(args, name.replace("-", "_"))) != (name == "split" and "test" or None)]
-    print(write_report(out, path, calibration, state["progress"]["epoch"], folder, result, model, frontend, clips, loss_fn, precision,
-                       args.batch_size, options))
+    print(f"written: {folder}", flush=True)
+    report_folder = folder if args.out or split != "test" else path.parent
+    print(write_report(report_folder / "report.html", path, calibration,
+                       checkpoint["progress"]["epoch"], folder, split, result, scorer, clips,
+                       args.batch_size, same_command(args, path)))
+    return 0
+
+
+def same_command(args, path):
+    """The command line that gives the same results again."""
+    words = ["python", "evaluate.py", "--ckpt", str(path)]
+    if args.split != "test":
+        words.append(f"--split={args.split}")
+    for flag, value in (("data", args.data), ("audio-dir", args.audio_dir), ("out", args.out)):
+        if value is not None:
+            words.append(f"--{flag}={value}")
+    return shlex.join(words)
+
+
+def open_clips(checkpoint: Checkpoint, manifest: Manifest, rate: int, cache_root: Path) -> Clips:
+    """The waveforms, from the cache if the run used one, so that they are rounded alike."""
+    was_cached = checkpoint["flags"].get("cache", "off") != "off"
+    cache = WaveCache(cache_root / "audio", rate) if was_cached else None
+    return Clips(manifest, rate, checkpoint["clip"]["samples"], checkpoint["clip"]["short"],
+                 cache=cache)
+
+
+def restore_loss(checkpoint: Checkpoint, device: torch.device) -> torch.nn.Module:
+    """The loss of the run, tried on one clip: its settings may come from an altered file."""
+    loss_fn = build_loss(**checkpoint["loss"]).to(device)
+    logits = torch.zeros(1, len(checkpoint["classes"]), device=device)
+    loss_fn(logits, torch.zeros(1, dtype=torch.long, device=device))
+    return loss_fn
+
+
+# --- which clips ---
+
+def evaluation_data(checkpoint: Checkpoint, data: str | None, audio_dir: str | None, split: str
+                    ) -> tuple[Manifest, np.ndarray, str, list[str]]:
+    """What to evaluate on: (manifest with the checkpoint's classes, rows, split, lines to print)."""
+    with as_checkpoint_error(checkpoint.path):
+        manifest = Manifest.from_dict(checkpoint["manifest"])
+        if manifest.classes != checkpoint["classes"]:
+            raise ValueError("the classes of its manifest are not its own")
+        if manifest.multi_label and checkpoint["loss"]["name"] not in SIGMOID_LOSSES:
+            raise ValueError("its clips have several labels, which its loss cannot learn")
+    if data is not None:
+        other = load_manifest(data, audio_dir, manifest.classes)
+        known = set(manifest.paths)
+        if np.mean([path in known for path in other.paths]) <= 0.5:
+            return other_data(other, manifest.classes, manifest.multi_label)
+        # The training data in another place. Its split stays, or training clips would be tested.
+        manifest.root = other.root
+    rows = manifest.rows(split)
+    if len(rows) == 0:
+        present = [name for name in SPLITS if len(manifest.rows(name))]
+        raise DataError(f"--split {split}: the run has no such clips; it has "
+                        f"{summarize(present)}")
+    if not any(manifest.file(row).exists() for row in rows):
+        raise DataError(f"{manifest.file(rows[0])}: the run's recordings are not there any more; "
+                        "give their folder with --data")
+    return manifest, rows, split, [f"data: {manifest.root}, the split made in training"]
+
+
+def other_data(other: Manifest, classes: list[str], multi_label: bool
+               ) -> tuple[Manifest, np.ndarray, str, list[str]]:
+    """Map the labels of other data to the checkpoint's classes; use all clips that can be read."""
+    unknown = [name for name in other.classes if name not in classes]
+    if unknown:
+        raise DataError(f"--data: classes that the checkpoint does not know: {summarize(unknown)}; "
+                        f"it knows {summarize(classes)}; rename them or leave them out")
+    if multi_label and not other.multi_label:
+        other = other.with_label_sets([((int(label),), ()) for label in other.labels])
+    elif not multi_label and other.multi_label:
+        if any(len(positives) > 1 for positives, _ in other.label_sets):
+            raise DataError(f"--data {other.root}: has clips with several labels, but the "
+                            "checkpoint was trained on clips with one; give clips with one label, "
+                            "or a checkpoint trained with several")
+        other = other.single_label()
+    found = scan(other, None, full=False)
+    readable = np.flatnonzero(found.ok)
+    if len(readable) == 0:
+        raise DataError(f"--data {other.root}: none of the {len(other)} files can be read; the "
+                        f"first: {other.paths[0]}: {found.reasons[0]}")
+    index = [classes.index(name) for name in other.classes]
+    manifest = other.select(readable).with_classes(classes, index)
+    manifest.duration = found.duration[readable]
+    notes = [f"data: {other.root}, all {len(readable)} clips (not the training data)"]
+    if len(readable) < len(other):
+        notes.append(f"  {len(other) - len(readable)} unreadable files are left out")
+    return manifest, np.arange(len(readable)), "all", notes
 
 
 if __name__ == "__main__":
-    escape_names()
-    try:
-        main()
-    except INPUT_ERRORS as error:
-        sys.exit(fail(error))
-    except NumbersError as error:
-        sys.exit(fail(error, 3))
+    run_script(main)

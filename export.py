@@ -182,7 +182,7 @@ def write_hf(folder, state, info, model, frontend):
     print(f"the temperature {info['temperature']:g} is in config.json; transformers does not apply it, README.md shows how")
     with reading(state.path):
         manifest = Manifest.from_dict(state["manifest"])
-        clips = manifest.take(manifest.rows("train")).counts().tolist()
+        clips = manifest.select(manifest.rows("train")).counts().tolist()
         source = state["weights"].split(",")[0].split(" ")[0]
     metrics, why = metrics_beside(state.path)
     print(f"model card: {why}")

@@ -33,10 +33,10 @@ from core.smoke import duration
 from data.audio import AudioError, check
 from data.manifest import DataError
 from data.scan import printable, write_bad_files
-from data.stream import Windows, find_recordings, look, number_groups, window_batches
+from data.stream import Windows, find_recordings, read_headers, number_groups, window_batches
 from evaluate import INPUT_ERRORS, calibration_of, escape_names, fail, find_checkpoint, multi_label_of, restore, window_scores
-from report.style import count
 from report.tracks import label_track, labelled, selection_table, window_lines, window_rows
+from util import plural as count
 
 FORMATS = ("csv", "jsonl", "raven", "audacity")
 SUFFIXES = {"raven": ".Table.1.selections.txt", "audacity": ".txt", "embeddings": ".npz"}  # of a file for each recording
@@ -362,7 +362,7 @@ def main(argv=None):
     settle(out, stored, {"checkpoint": digest, "hop": cut.hop / rate, "threshold": args.threshold, "top_k": top_k,
                          "embeddings": args.embeddings, "device": device.type, "amp": precision.mode})
 
-    look(recordings, cut)
+    read_headers(recordings, cut)
     readable = [recording for recording in recordings if recording.reason is None]
     groups = number_groups([recording.windows for recording in readable], args.batch_size)
     todo, before = unfinished(out / "parts", readable, groups, args.embeddings)

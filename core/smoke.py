@@ -1,76 +1,89 @@
-"""A dry run: can one batch be learnt, are all gradients finite, how long will the full run take."""
+"""A dry run: can one batch be learnt, are all gradients finite, how long will the run take."""
 import time
+from collections.abc import Callable, Iterator
 
 import torch
 
+from core.device.memory import peak_memory_mb
+from core.learner import Learner
 
-def overfit(model, loss_fn, spec, target, autocast, steps=60, lr=1e-3):
-    """Train the model on one batch (B, n_mels, frames), (B, classes) and put its weights back.
+OVERFIT_SECONDS, SPEED_SECONDS, SPEED_STEPS = 30, 20, 20
 
-    Returns (first loss, last loss, correct share at the end, names of parameters whose gradient was ever
-    missing or not finite).
+
+def smoke_test(learner: Learner, steps: Iterator[list], train_step: Callable, n_train: int,
+               n_val: int, epochs: int, n_unreadable: int) -> bool:
+    """Overfit one batch, train for some seconds, estimate the run's time -> whether all passed.
+
+    steps: the micro-batches of each step of an epoch. train_step(micro_batches) -> StepResult.
+    n_train: clips of an epoch; n_val: tiles of its validation.
     """
-    kept = {name: value.clone() for name, value in model.state_dict().items()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    losses, wrong = [], set()
-    deadline = time.perf_counter() + 30
+    micro_batches = next(steps)
+    spec, target = learner.model_input(micro_batches[0], epoch=0)
+    learner.model.train()
+    first_loss, last_loss, accuracy, bad_names = overfit(learner, spec, target)
+    gradients = "all finite"
+    if bad_names:
+        gradients = f"missing or not finite in {', '.join(bad_names[:3])}"
+    print(f"smoke: one batch of {len(spec)}: loss {first_loss:.3f} to {last_loss:.4f}, "
+          f"{accuracy:.0%} correct; gradients {gradients}")
+
+    n_clips, n_steps, started = 0, 0, time.perf_counter()
+    applied = False
+    while micro_batches and n_steps < SPEED_STEPS:
+        if time.perf_counter() - started > SPEED_SECONDS:
+            break
+        applied = train_step(micro_batches).read().applied == 1
+        n_clips += sum(len(batch.rows) for batch in micro_batches)
+        n_steps += 1
+        micro_batches = next(steps, None)
+    speed = n_clips / (time.perf_counter() - started)  # data loading included
+    epoch_seconds = n_train / speed + n_val / (3 * speed)  # forward is a third of a training step
+    print(f"smoke: {speed:.1f} clips/s, peak memory {peak_memory_mb(learner.device):.0f} MiB; "
+          f"about {duration(epoch_seconds)} per epoch, {duration(epoch_seconds * epochs)} for all "
+          f"{epochs} epochs")
+    passed = last_loss < 0.5 * first_loss and not bad_names and applied
+    unreadable = f", {n_unreadable} unreadable files" if n_unreadable else ""
+    print(f"smoke: {'passed' if passed else 'FAILED'}{unreadable}")
+    return passed
+
+
+def overfit(learner: Learner, spec: torch.Tensor, target: torch.Tensor, steps: int = 60,
+            lr: float = 1e-3) -> tuple[float, float, float, list[str]]:
+    """Train the model on one batch (B, n_mels, frames), (B, classes), then restore its weights.
+
+    Returns first loss, last loss, accuracy at the end, and the names of parameters whose gradient
+    was ever missing or not finite.
+    """
+    model, loss_fn = learner.model, learner.loss_fn
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trainable.values(), lr=lr)
+    losses, bad_names = [], set()
+    deadline = time.perf_counter() + OVERFIT_SECONDS
     for _ in range(steps):
-        with autocast():
+        with learner.precision.autocast():
             logits = model(spec)
         loss = loss_fn(logits, target).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        for name, p in model.named_parameters():
-            if p.requires_grad and (p.grad is None or not torch.isfinite(p.grad).all()):
-                wrong.add(name)
+        for name, parameter in trainable.items():
+            if parameter.grad is None or not torch.isfinite(parameter.grad).all():
+                bad_names.add(name)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
-        best = logits.masked_fill(target.isnan(), -torch.inf).argmax(1, keepdim=True)
-        correct = (target.gather(1, best) >= 0.5).float().mean().item()
-        if (losses[-1] < 0.05 * losses[0] and correct == 1) or time.perf_counter() > deadline:
+        known = logits.masked_fill(target.isnan(), -torch.inf)
+        predicted = known.argmax(1, keepdim=True)
+        accuracy = (target.gather(1, predicted) >= 0.5).float().mean().item()
+        is_learnt = losses[-1] < 0.05 * losses[0] and accuracy == 1
+        if is_learnt or time.perf_counter() > deadline:
             break
-    model.load_state_dict(kept)
-    return losses[0], losses[-1], correct, sorted(wrong)
+    model.load_state_dict(before)
+    return losses[0], losses[-1], accuracy, sorted(bad_names)
 
 
-def smoke_test(model, loss_fn, precision, model_input, windows, step, n_train, n_val, epochs, n_bad):
-    """Overfit one batch, train a short stretch, price the full run -> whether all is well.
-
-    model_input(batch) -> (spec, target); windows: the first epoch's; step(window) -> what train_step returns;
-    n_train: clips of an epoch, n_val: tiles of its validation.
-    """
-    window = next(windows)
-    spec, target = model_input(window[0])
-    model.train()
-    first, last, correct, wrong = overfit(model, loss_fn, spec, target, precision.autocast)
-    print(f"smoke: one batch of {len(spec)}: loss {first:.3f} to {last:.4f}, {correct:.0%} correct; gradients "
-          + (f"missing or not finite in {', '.join(wrong[:3])}" if wrong else "all finite"))
-    clips, steps, started = 0, 0, time.perf_counter()
-    while window and time.perf_counter() - started < 20 and steps < 20:
-        stepped = step(window)[0][3].item()
-        clips += sum(len(batch.rows) for batch in window)
-        steps += 1
-        window = next(windows, None)
-    speed = clips / (time.perf_counter() - started)  # with the loading of the data
-    epoch = n_train / speed + n_val / (3 * speed)  # forward alone is a third of a training step
-    print(f"smoke: {speed:.1f} clips/s, peak memory {peak_memory_mb(precision.device):.0f} MiB; about "
-          f"{duration(epoch)} an epoch, {duration(epoch * epochs)} for all {epochs}")
-    ok = last < 0.5 * first and not wrong and bool(stepped)
-    print(f"smoke: {'passed' if ok else 'FAILED'}" + f", {n_bad} unreadable files" * bool(n_bad))
-    return ok
-
-
-def peak_memory_mb(device):
-    """Peak memory of the device, or of the process on a CPU, in MiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def duration(seconds):
-    """Seconds for a person: 45 s, 12 min, 3 h 05 min."""
+def duration(seconds: float) -> str:
+    """45 s, 12 min, 3 h 05 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

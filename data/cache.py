@@ -1,192 +1,271 @@
-"""Decoded recordings kept as int16 at the model's rate: on the disk, shared by all runs, or in one tensor.
+"""Decoded recordings as 16-bit samples at the model's rate: in files, in memory or on the GPU.
 
-Where a clip comes from changes nothing in it: with a cache every recording is decoded whole and rounded to 16 bits
-of its own scale, also the first time and also where nothing can be kept. A scale is a power of two, so a 16-bit
-recording at the model's rate stays what it is, bit for bit.
+All cache modes but "off" give identical samples. Each clip is decoded as a whole and rounded to 16
+bits of its own scale, also if it is not stored afterwards. The scale is a power of two, so a 16-bit
+recording at the model's rate keeps its samples bit for bit.
 """
+import contextlib
 import hashlib
 import os
 import shutil
 import struct
 import tempfile
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from .audio import AudioError, fit, read, stretch
+from .audio import AudioError, clip_range, fit, read
 
-LONGEST = 30 * 60  # seconds: of longer recordings only the wanted stretch is decoded, each time
-RESERVE = 2 << 30  # bytes left free on the disk: checkpoints have to find room
-HEAD = struct.Struct("<8s4qdI12x")  # magic, source size, mtime and inode, samples, scale, CRC-32 of all the rest
+MAX_SECONDS = 30 * 60  # longer clips are not cached: only the needed part is decoded, each time
+DISK_RESERVE = 2 << 30  # bytes that stay free on the disk, for checkpoints
+# Magic, then size, mtime and inode of the source file, samples, scale, CRC-32 of all but the magic.
+HEADER = struct.Struct("<8s4qdI12x")
 MAGIC = b"warble 2"
 CACHES = ("auto", "off", "disk", "ram", "device")
 THREADS = min(8, 2 * (os.cpu_count() or 1))
 
 
-def quantise(wave):
-    """(samples,) float32 -> (samples,) int16 and the power of two that gives it back within half a step."""
-    top = max(float(wave.max(initial=0)) / 32767, -float(wave.min(initial=0)) / 32768, 2.0**-100)
-    scale = 2.0 ** np.ceil(np.log2(top))
+class FileState(NamedTuple):
+    """Tells whether a file has changed."""
+    size: int  # bytes
+    mtime_ns: int
+    inode: int
+
+
+class CachedClip(NamedTuple):
+    """The clip that was decoded last."""
+    entry: Path
+    source: FileState | None
+    samples: np.ndarray  # (n,) int16
+    scale: float
+
+
+def quantise(wave: np.ndarray) -> tuple[np.ndarray, float]:
+    """Round a wave (samples,) float32 to int16. Returns the integers and their scale.
+
+    The scale is a power of two; integers * scale differ from the wave by half a scale at most.
+    """
+    smallest = max(
+        float(wave.max(initial=0)) / 32767,
+        -float(wave.min(initial=0)) / 32768,
+        2.0**-100,  # for digital silence
+    )
+    scale = 2.0 ** np.ceil(np.log2(smallest))
     return np.rint(wave / np.float32(scale)).astype(np.int16), scale
 
 
 class WaveCache:
-    """Clips as int16 at `rate`, one file each below `folder`; nothing is written where `write` is False.
+    """Clips as int16 at `rate` Hz, one file per clip in a folder.
 
-    A file of the cache is named after the recording's path and the clip's place in it, and says the size, mtime and
-    inode of what it was made from, so a changed recording is decoded anew and takes its place. It is written beside
-    and renamed, and its checksum is looked at once in each process: a crash, another run or a full disk leave
-    nothing that is believed.
+    The name of an entry follows from the recording's path and the clip's place in it. Its header
+    has size, mtime and inode of the recording, so the entry of a changed recording is ignored and
+    replaced. An entry is renamed into place once it is complete, and each process checks its
+    checksum once. So corrupt entries are ignored, and a full disk only disables caching.
+
+    write: False reads existing entries but writes none.
     """
 
-    def __init__(self, folder, rate, write=True):
-        self.folder, self.rate, self.write = Path(folder) / str(rate), rate, write
-        self.trouble = None  # why nothing is written any more
-        self._checked = set()  # entries whose checksum was right
-        self._last = None  # the last clip that was decoded, for its next tile where nothing is written
+    def __init__(self, folder: str | os.PathLike, rate: int, write: bool = True):
+        self.folder = Path(folder) / str(rate)
+        self.rate = rate
+        self.write = write
+        self.problem: str | None = None  # why nothing is written any more
+        self._verified = set()  # entries whose checksum was right
+        self._last: CachedClip | None = None  # serves the next tile of the clip if write is False
 
-    def read(self, path, begin, total, start=0, length=None):
-        """Of the clip of `total` samples that begins at `begin` in a recording, the stretch of `length` from `start`
-        on -> (length,) int16 and their scale, a float. Raises AudioError like audio.read."""
+    def read(
+        self,
+        path: str | os.PathLike,
+        begin: int,
+        total: int,
+        start: int = 0,
+        length: int | None = None,
+    ) -> tuple[np.ndarray, float]:
+        """Read part of a clip. All numbers are samples at the model's rate.
+
+        begin, total: the clip within the recording; start, length: the part within the clip.
+        Returns (length,) int16 and their scale. Raises AudioError like audio.read.
+        """
         raw = os.fsencode(os.path.abspath(path))
         try:
-            state = _state(raw)
+            source = _state_of(raw)
         except OSError:
-            state = None  # gone or closed: audio.read has the words for it
+            source = None  # audio.read raises AudioError with the reason
         name = hashlib.blake2b(raw + b"\0%d %d" % (begin, total), digest_size=16).hexdigest()
         entry = self.folder / name[:2] / name[2:]
-        found = self._load(entry, state, start, length)
-        if found is not None:
-            return found
-        last = self._last  # looked at once: other threads write it
-        if last is None or last[0] != (entry, state):
-            last = self._last = (entry, state), *quantise(read(path, self.rate, begin, total))
-            if self.write:
-                self._save(entry, state, *last[1:], raw)
-        _, clip, scale = last
-        first, last = stretch(len(clip), start, length, self.rate)
-        return clip[first:last], scale
+        cached = self._load(entry, source, start, length)
+        if cached is not None:
+            return cached
 
-    def _load(self, entry, state, start, length):
-        """What `read` returns, or None where there is no sound entry of the recording as it is now."""
+        clip = self._last  # read once: another thread may replace it at any time
+        if clip is None or (clip.entry, clip.source) != (entry, source):
+            clip = CachedClip(entry, source, *quantise(read(path, self.rate, begin, total)))
+            self._last = clip
+            if self.write:
+                self._save(clip, raw)
+        first, end = clip_range(len(clip.samples), start, length, self.rate)
+        return clip.samples[first:end], clip.scale
+
+    def _load(self, entry, source, start, length):
+        """What `read` returns, or None without a valid entry for the source as it is now."""
         try:
             handle = os.open(entry, os.O_RDONLY)
         except OSError:
             return None
         try:
-            head = os.pread(handle, HEAD.size, 0)
-            if len(head) < HEAD.size:
+            header = os.pread(handle, HEADER.size, 0)
+            if len(header) < HEADER.size:
                 return None
-            magic, *source, frames, scale, checksum = HEAD.unpack(head)
-            if magic != MAGIC or tuple(source) != state or os.fstat(handle).st_size != HEAD.size + 2 * frames:
+            magic, *entry_source, n_samples, scale, checksum = HEADER.unpack(header)
+            size = HEADER.size + 2 * n_samples
+            if magic != MAGIC or tuple(entry_source) != source or os.fstat(handle).st_size != size:
                 return None
-            mark = int(entry.name[:14], 16) ^ checksum
-            if mark not in self._checked:
-                if _checksum(source, scale, os.pread(handle, 2 * frames, HEAD.size)) != checksum:
+            entry_key = int(entry.name[:14], 16) ^ checksum  # small, as there may be millions
+            if entry_key not in self._verified:
+                samples = os.pread(handle, 2 * n_samples, HEADER.size)
+                if _checksum(source, scale, samples) != checksum:
                     return None
-                self._checked.add(mark)
-            first, last = stretch(frames, start, length, self.rate)
-            return np.frombuffer(os.pread(handle, 2 * (last - first), HEAD.size + 2 * first), np.int16), scale
+                self._verified.add(entry_key)
+            first, end = clip_range(n_samples, start, length, self.rate)
+            part = os.pread(handle, 2 * (end - first), HEADER.size + 2 * first)
+            return np.frombuffer(part, np.int16), scale
         except OSError:
             return None
         finally:
             os.close(handle)
 
-    def _save(self, entry, state, clip, scale, raw):
+    def _save(self, clip, raw):
+        """Write the entry of a clip. If that fails, write no more entries."""
         temporary = None
         try:
-            if _state(raw) != state:  # it changed while it was decoded
+            if _state_of(raw) != clip.source:  # the recording changed while it was decoded
                 return
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            if shutil.disk_usage(entry.parent).free < RESERVE + 2 * len(clip):
-                raise OSError(f"less than {RESERVE >> 30} GB would be left on the disk")
-            handle, temporary = tempfile.mkstemp(dir=entry.parent, prefix="new.")
+            folder = clip.entry.parent
+            folder.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(folder).free < DISK_RESERVE + 2 * len(clip.samples):
+                raise OSError(f"less than {DISK_RESERVE >> 30} GB would stay free on the disk")
+            checksum = _checksum(clip.source, clip.scale, clip.samples)
+            header = HEADER.pack(MAGIC, *clip.source, len(clip.samples), clip.scale, checksum)
+            # Without fsync, which util.atomic_write does: the checksum finds an incomplete entry.
+            handle, temporary = tempfile.mkstemp(dir=folder, prefix="new.")
             with open(handle, "wb") as file:
-                file.write(HEAD.pack(MAGIC, *state, len(clip), scale, _checksum(state, scale, clip)) + clip.tobytes())
-            os.replace(temporary, entry)
+                file.write(header + clip.samples.tobytes())
+            os.replace(temporary, clip.entry)
         except OSError as error:
-            self.write, self.trouble = False, f"{self.folder}: {error.strerror or error}; decoded audio is kept no more"
-            if temporary is not None and os.path.exists(temporary):
-                os.unlink(temporary)
+            self.write = False
+            self.problem = f"{self.folder}: {error.strerror or error}; no more audio is cached"
+            if temporary is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
 
 
-def _checksum(state, scale, samples):
-    return zlib.crc32(samples, zlib.crc32(struct.pack("<3qd", *state, scale)))
+def _checksum(source, scale, samples):
+    return zlib.crc32(samples, zlib.crc32(struct.pack("<3qd", *source, scale)))
 
 
-def _state(raw):
+def _state_of(raw):
     status = os.stat(raw)
-    return status.st_size, status.st_mtime_ns, status.st_ino & (2**63 - 1)
+    inode = status.st_ino & (2**63 - 1)  # fits a signed 64-bit field
+    return FileState(status.st_size, status.st_mtime_ns, inode)
 
 
-class Resident:
-    """The `n` clips of a manifest in one int16 tensor on a device, cut there.
+class InMemoryClips:
+    """All clips of a manifest in one int16 tensor on a device.
 
-    fetch(row) -> ((samples,) int16, scale), raising AudioError, is called once for each, on a few threads.
+    fetch(row) returns ((samples,) int16, scale) or raises AudioError. It is called once for each of
+    the `n` rows, on several threads.
     """
 
-    def __init__(self, n, fetch, device, show=False):
-        self.reasons = {}  # row -> why it could not be read
-        self._first, self._length, self._scale = np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n, np.float32)
+    def __init__(
+        self,
+        n: int,
+        fetch: Callable[[int], tuple[np.ndarray, float]],
+        device: torch.device,
+        show_progress: bool = False,
+    ):
+        self.reasons: dict[int, str] = {}  # row -> why it could not be read
+        self._first = np.zeros(n, np.int64)  # where the samples of each row begin
+        self._length = np.zeros(n, np.int64)
+        self._scale = np.zeros(n, np.float32)
 
-        def load(row):
+        def fetch_or_note(row):
             try:
-                return row, *fetch(row)
+                return fetch(row)
             except AudioError as error:
                 self.reasons[row] = str(error)
-                return row, np.zeros(0, np.int16), 0.0
+                return np.zeros(0, np.int16), 0.0
 
-        parts, place = [], 0
+        tensors, first = [torch.zeros(0, dtype=torch.int16, device=device)], 0
         with ThreadPoolExecutor(THREADS) as pool:
-            for row, samples, scale in tqdm(pool.map(load, range(n)), "decoding", n, leave=False, disable=not show):
-                self._first[row], self._length[row], self._scale[row] = place, len(samples), scale
-                place += len(samples)
-                parts.append(torch.from_numpy(samples.copy()).to(device))
-        self._samples = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int16, device=device)
+            clips = pool.map(fetch_or_note, range(n))
+            clips = tqdm(clips, "decoding", n, leave=False, disable=not show_progress)
+            for row, (samples, scale) in enumerate(clips):
+                self._first[row], self._length[row], self._scale[row] = first, len(samples), scale
+                first += len(samples)
+                tensors.append(torch.from_numpy(samples.copy()).to(device))
+        self._samples = torch.cat(tensors)
 
-    def cut(self, rows, starts, lengths, samples, short):
-        """(B, samples) float32 on the device: of each row the stretch that starts at `starts` and is `lengths`
-        long or ends with the row, made up to `samples` as audio.fit does it."""
+    def cut(
+        self, rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray, samples: int, short: str
+    ) -> torch.Tensor:
+        """Cut one part from each row. Returns (B, samples) float32 on the device.
+
+        rows, starts, lengths: (B,); a part ends with its row at the latest. A part shorter than
+        `samples` is repeated or padded as `short` says, see audio.fit.
+        """
         lengths = np.minimum(lengths, self._length[rows] - starts)
         first, scale = self._first[rows] + starts, self._scale[rows]
-        if self._samples.device.type == "cpu":
-            clips = zip(first.tolist(), lengths.tolist(), scale, strict=True)
-            return torch.from_numpy(np.stack([fit(self._samples[i:i + n].numpy() * s, samples, short) for i, n, s in clips])
-                                    if len(rows) else np.zeros((0, samples), np.float32))
-        return _gather(self._samples, first, lengths, scale, samples, short)
+        if self._samples.device.type != "cpu":
+            return _gather(self._samples, first, lengths, scale, samples, short)
+        waves = np.empty((len(rows), samples), np.float32)
+        for i in range(len(rows)):
+            part = self._samples[first[i]:first[i] + lengths[i]].numpy()
+            waves[i] = fit(part * scale[i], samples, short)
+        return torch.from_numpy(waves)
 
 
 def _gather(flat, first, lengths, scale, samples, short):
-    """The cuts in one go, as a GPU likes it."""
-    first, lengths, scale = (torch.from_numpy(values).to(flat.device, non_blocking=True)[:, None]
-                             for values in (first, lengths, scale))
+    """`InMemoryClips.cut` as a few operations over all rows, which suits a GPU."""
+    def column(values):  # (B,) -> (B, 1) on the device
+        return torch.from_numpy(values).to(flat.device, non_blocking=True)[:, None]
+
+    first, lengths, scale = column(first), column(lengths), column(scale)
     place = torch.arange(samples, device=flat.device)[None, :]
     if short == "repeat":
         return flat[first + place % lengths] * scale
     return flat[first + place.minimum(lengths - 1)] * scale * (place < lengths)
 
 
-def choose_cache(mode, size, longest, device, folder):
-    """What becomes of `--cache` for clips of `size` bytes in all and of at most `longest` seconds -> (mode, why).
+def choose_cache(
+    mode: str, size: int, longest: float, device: torch.device, folder: Path
+) -> tuple[str, str]:
+    """Decide which cache the value of `--cache` means. Returns the mode and the reason for it.
 
-    auto: on the GPU where that takes at most a quarter of its free memory, else on the disk where that takes at most
-    half of the free space, else off. device and ram, too, need clips of at most LONGEST and room; else it is disk,
-    which gives the same samples.
+    size: bytes of all clips as int16; longest: seconds of the longest clip. "auto" takes the GPU
+    if that needs at most a quarter of its free memory, else the disk if that needs at most half of
+    the free space, else no cache. "ram" and "device" become "disk" if a clip is longer than
+    MAX_SECONDS, "device" also if it needs more than half of the GPU's free memory.
     """
     amount = f"{size / 1e9:.2f} GB of 16-bit samples"
     if mode == "off":
         return mode, "each clip is decoded each time"
     if mode in ("auto", "device") and device.type == "cuda":
-        room = torch.cuda.mem_get_info(device)[0] // (4 if mode == "auto" else 2)
+        free = torch.cuda.mem_get_info(device)[0]
+        room = free // 4 if mode == "auto" else free // 2
+    elif mode == "auto":
+        room = 0
     else:
-        room = 0 if mode == "auto" else size
-    if mode != "disk" and longest <= LONGEST and size <= room:
+        room = size  # the user knows how much memory there is
+    if mode != "disk" and longest <= MAX_SECONDS and size <= room:
         return "device" if mode == "auto" else mode, amount
-    above = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
-    if mode == "auto" and size > shutil.disk_usage(above).free // 2:
-        return "off", f"{amount} would take more than half of what is free under {above}"
+
+    existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    if mode == "auto" and size > shutil.disk_usage(existing).free // 2:
+        return "off", f"{amount} would take more than half of the free space in {existing}"
     return "disk", f"up to {amount} in {folder}"

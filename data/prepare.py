@@ -1,107 +1,138 @@
 """Labelled recordings -> a checked manifest with splits, ready to train on."""
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from .demo import write_demo
-from .manifest import DataError, Manifest, load_manifest
+from .files import find_audio
+from .load import load_manifest
+from .manifest import SPLITS, DataError, Manifest
 from .named import find_data
-from .scan import audio_below, scan, summary
+from .scan import scan, summary
 from .splits import assign_splits, audit, drop_rare
 
 DEMO = Path(__file__).parents[1] / "demo_data"
-DECODE_ALL_UP_TO = 5000  # files; above, only headers are read before training
+MAX_CLIPS_TO_DECODE = 5000  # with more clips, only headers are read before training
 
 
-def cache_folder(name=None):
-    """Where what can be made again is kept: the folder of that name, or the usual one."""
+def cache_folder(name: str | os.PathLike | None = None) -> Path:
+    """The folder for what can be made again: the given one, or ~/.cache/warble."""
     return Path(name) if name else Path.home() / ".cache" / "warble"
 
 
-def prepare(data, audio_dir=None, fold=None, min_clips=1, max_bad_share=0.05, how="auto", seed=0, cache_dir=None,
-            say=print, several=False):
+def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
+            fold: int | None = None, min_clips: int = 1, max_bad_share: float = 0.05,
+            scan_mode: str = "auto", seed: int = 0, cache_dir: str | os.PathLike | None = None,
+            log: Callable[[str], None] = print,
+            multi_label: bool = False) -> tuple[Manifest, list[tuple[str, str]]]:
     """Find, scan, clean and split the recordings.
 
-    data: "demo", class folders, a CSV, a known layout or the name of a data set; how: "full" decodes every file once,
-    "headers" does not, "auto" does up to 5,000 files; cache_dir: see `cache_folder`, the scan is remembered and data sets are
-    kept there; `say` gets each line for the person; several: whether the loss can learn clips with several labels.
-    Returns (manifest of the readable clips, [(path, reason)] of the others). Raises DataError.
+    data: "demo", class folders, a CSV, a known layout or the name of a data set.
+    scan_mode: "full" decodes every file once, "headers" does not, "auto" does up to 5,000 clips.
+    cache_dir: see `cache_folder`; for the scan's index and for data sets.
+    multi_label: whether the loss can learn clips with several labels.
+
+    -> (manifest of the readable clips, (path, reason) of each other one). Raises DataError.
     """
     if data == "demo":
-        say("data: the built-in demo, synthesised sounds. For your own recordings:\n"
+        log("data: the built-in demo of synthesised sounds. For your own recordings:\n"
             "  python train.py --data FOLDER_OR_CSV --warmup-epochs 0 --batch-size 4")
         data = write_demo(DEMO)
-    data = find_data(data, cache_folder(cache_dir), say)
+    cache = cache_folder(cache_dir)
+    data = find_data(data, cache, log)
     manifest = load_manifest(data, audio_dir)
-    manifest = manifest if several else manifest.one_label()
-    full = how == "full" or how == "auto" and len(manifest) <= DECODE_ALL_UP_TO
-    seen = scan(manifest, cache_folder(cache_dir) / "scan", full)
-    _say(say, f"data: {manifest.root}", manifest.notes + summary(seen, manifest))
-    bad = [(manifest.paths[row], reason) for row, reason in sorted(seen.reasons.items())]
+    if not multi_label:
+        manifest = manifest.single_label()
+    decode_all = len(manifest) <= MAX_CLIPS_TO_DECODE
+    full = scan_mode == "full" or (scan_mode == "auto" and decode_all)
+    result = scan(manifest, cache / "scan", full)
+    log(f"data: {manifest.root}")
+    _log_indented(log, manifest.notes + summary(result, manifest))
+    bad = [(manifest.paths[row], reason) for row, reason in sorted(result.reasons.items())]
     if len(bad) > max_bad_share * len(manifest):
-        raise DataError(f"--data {data}: {len(bad)} of {len(manifest)} clips cannot be read, more than --max-bad-share "
-                        f"{max_bad_share:g}; the first: {bad[0][0]}: {bad[0][1]}; mend or remove them, or raise --max-bad-share")
-    manifest.duration = seen.duration
-    twins = np.full(len(manifest), -1, np.int32)
-    for number, rows in enumerate(seen.duplicates):
-        twins[rows] = number
-    keep = np.flatnonzero(seen.ok)
-    manifest, twins = manifest.take(keep), twins[keep]
+        path, reason = bad[0]
+        raise DataError(
+            f"--data {data}: {len(bad)} of {len(manifest)} clips cannot be read, more than "
+            f"--max-bad-share {max_bad_share:g}; the first: {path}: {reason}; fix or remove them, "
+            "or raise --max-bad-share")
+
+    manifest.duration = result.duration
+    n_scanned = len(manifest)
+    rows = np.flatnonzero(result.ok)
+    manifest = manifest.select(rows)
     if min_clips > 1:
-        frequent = manifest.having(manifest.counts() >= min_clips)
-        manifest, notes = drop_rare(manifest, min_clips)
-        twins = twins[frequent]
-        _say(say, None, notes)
-    order = np.argsort(twins, kind="stable")[np.count_nonzero(twins < 0):]  # sets of twins, one after the other
-    duplicates = [rows.tolist() for rows in np.split(order, np.flatnonzero(np.diff(twins[order])) + 1) if len(rows)]
-    notes = assign_splits(manifest, duplicates, seed=seed, fold=fold)
-    notes += _without_several(manifest)
-    notes += [f"LEAK: {line}" for line in audit(manifest, duplicates)]
-    manifest.notes += notes
-    _say(say, None, notes)
-    for split in ("train", "val", "test"):
+        is_frequent = manifest.rows_with(manifest.counts() >= min_clips)
+        manifest, lines = drop_rare(manifest, min_clips)
+        rows = rows[is_frequent]
+        _log_indented(log, lines)
+    duplicates = _renumber(result.duplicates, rows, n_scanned)
+    lines = assign_splits(manifest, duplicates, seed=seed, fold=fold)
+    lines += _describe_missing_multi_label(manifest)
+    lines += [f"LEAK: {line}" for line in audit(manifest, duplicates)]
+    manifest.notes += lines
+    _log_indented(log, lines)
+    for split in SPLITS:
         if len(manifest.rows(split)) == 0:
-            raise DataError(f"--data {data}: no clip is left for {split}; give more recordings, or a split column")
+            raise DataError(f"--data {data}: no clip is left for {split}; give more recordings, or "
+                            "a split column")
     return manifest, bad
 
 
-def _without_several(manifest):
-    """A line where clips with several labels are missing in a split."""
+def _renumber(sets, rows, n):
+    """Sets of the n old rows, as sets of the rows that were selected from them."""
+    new_row = np.full(n, -1, np.int64)  # -1: not selected
+    new_row[rows] = np.arange(len(rows))
+    renumbered = [new_row[old_rows] for old_rows in sets]
+    renumbered = [new_rows[new_rows >= 0].tolist() for new_rows in renumbered]
+    return [new_rows for new_rows in renumbered if new_rows]
+
+
+def _describe_missing_multi_label(manifest):
+    """A line on splits without a clip that has several labels, if other splits have some."""
     if not manifest.multi_label:
         return []
-    several = {split: sum(len(manifest.label_sets[i][0]) > 1 for i in manifest.label_set[manifest.rows(split)].tolist())
-               for split in ("train", "val", "test")}
-    missing = [split for split, n in several.items() if n == 0]
-    return [f"no clip with several labels in {', '.join(missing)}: the figures there say nothing of such clips"] if (
-        missing and any(several.values())) else []
+    has_several = np.array([len(label_set.present) > 1 for label_set in manifest.label_sets])
+    counts = {split: has_several[manifest.label_set[manifest.rows(split)]].sum()
+              for split in SPLITS}
+    missing = [split for split, n in counts.items() if n == 0]
+    if not missing or not any(counts.values()):
+        return []
+    return [f"no clip with several labels in {', '.join(missing)}: the metrics there do not cover "
+            "such clips"]
 
 
-def noise_recordings(folder, cache_dir=None):
-    """A manifest, of one class, of every readable recording anywhere below a folder. Raises DataError."""
+def noise_recordings(folder: str | os.PathLike,
+                     cache_dir: str | os.PathLike | None = None) -> Manifest:
+    """A manifest with one class of every readable recording below a folder. Raises DataError."""
     root = Path(os.path.abspath(folder))
     if not root.is_dir():
-        raise DataError(f"--noise-dir {folder}: no such folder; give one that holds recordings of background sounds")
+        raise DataError(f"--noise-dir {folder}: no such folder; give one that contains recordings "
+                        "of background sounds")
     try:
-        below = audio_below(root.parent, root.name, Counter())
+        paths = find_audio(root.parent, root.name, Counter())
     except OSError as error:
-        raise DataError(f"--noise-dir {error.filename}: {error.strerror}; make it readable or take it away") from None
-    paths = sorted((path.removeprefix(root.name + "/") for path in below), key=os.fsencode)
-    n, zeros = len(paths), np.zeros(len(paths), np.int32)
-    found = Manifest("noise", root, ["noise"], paths, zeros, zeros.astype(np.float32), np.full(n, np.nan, np.float32),
-                     np.arange(n, dtype=np.int32), "each file alone", np.full(n, -1, np.int8), None, [])
+        raise DataError(f"--noise-dir {error.filename}: {error.strerror}; make it readable or "
+                        "remove it") from None
+    paths = sorted((path.removeprefix(root.name + "/") for path in paths), key=os.fsencode)
+    n = len(paths)
+    manifest = Manifest(
+        name="noise", root=root, classes=["noise"], paths=paths, labels=np.zeros(n, np.int32),
+        start=np.zeros(n, np.float32), end=np.full(n, np.nan, np.float32),
+        group=np.arange(n, dtype=np.int32), group_source="each file alone",
+        split=np.full(n, -1, np.int8), fold=None, notes=[])
     if n:
-        seen = scan(found, cache_folder(cache_dir) / "scan", full=False)
-        found.duration = seen.duration
-        found = found.take(seen.ok)
-    if len(found) == 0:
-        raise DataError(f"--noise-dir {folder}: no recording in there can be read; give one that holds some, or leave it out")
-    return found
+        result = scan(manifest, cache_folder(cache_dir) / "scan", full=False)
+        manifest.duration = result.duration
+        manifest = manifest.select(result.ok)
+    if len(manifest) == 0:
+        raise DataError(f"--noise-dir {folder}: contains no readable recording; give a folder that "
+                        "does, or leave the flag out")
+    return manifest
 
 
-def _say(say, title, lines):
-    if title:
-        say(title)
+def _log_indented(log, lines):
     for line in lines:
-        say(f"  {line}")
+        log(f"  {line}")

@@ -1,310 +1,256 @@
-"""What is on the disk: audio files below a folder, what is in each, which are broken, which are the same.
+"""Scan the files of a manifest: what is in each, which are unreadable, which are duplicates.
 
-A scan reads headers (or, with full=True, decodes everything once) and remembers what it saw in an index
-file, so that the next one opens only what is new or has changed.
+A scan reads headers, or with full=True decodes every file once. It saves what it saw in an index,
+so that the next scan opens only files that are new or have changed.
 """
 import csv
-import hashlib
-import io
-import json
 import os
-import tempfile
 import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from .audio import AUDIO_SUFFIXES, AudioError, check, probe
+from util import atomic_write, plural, printable, sha256_of
 
-WORKERS = min(8, 2 * (os.cpu_count() or 1))  # libsndfile works without the GIL, and a disk likes a queue
-PIECE = 4096  # bytes at the start, middle and end of a file that go into its fingerprint
-INDEX_HEAD = b"warble scan index 3\n"
-INDEX_LIMIT = 1_000_000  # files remembered: those of this scan, then the ones of earlier scans
-PART = 8192  # files that are looked up in the index at a time, to keep copies small
+from . import scan_index
+from .audio import AudioError, check, probe
+from .grouping import factorize, indices_by_value, is_repeated
+from .manifest import Manifest
 
-# What is known of every file. `key` stands for its path, size, mtime and inode, so that a changed file is an
-# unknown one; a fact whose key is 0 is not remembered. `print` is the fingerprint, 0 if not taken. What only a
-# few files have is no field here but in a dict of texts, file -> the SHA-256 (hex) of a good one that has a twin,
-# or why a broken one is broken; `noted` are the files that are in it.
-FACT = np.dtype([("key", "u8"), ("ok", "?"), ("full", "?"), ("noted", "?"), ("channels", "u2"), ("rate", "i4"),
-                 ("frames", "i8"), ("print", "u8")])
+WORKERS = min(8, 2 * (os.cpu_count() or 1))  # libsndfile works without the GIL
+PIECE = 4096  # bytes at the start, middle and end of a file that its fingerprint covers
 
 
 @dataclass
 class Scan:
-    """What the files of a manifest hold; arrays run over the manifest's rows."""
-    duration: np.ndarray  # (n,) float32 seconds of the clip, cut at the file's end; 0 for a broken file
+    """What a scan found. Arrays have one entry per row of the manifest."""
+    duration: np.ndarray  # (n,) float32 seconds of the clip, cut at the file's end; 0 if not ok
     rate: np.ndarray  # (n,) int32 Hz
     channels: np.ndarray  # (n,) int16
     ok: np.ndarray  # (n,) bool
     reasons: dict[int, str]  # row -> why it cannot be used, for every row that is not ok
     duplicates: list[list[int]]  # rows of byte-identical files under different paths
-    full: bool  # decoded, not only the headers read
+    full: bool  # whether files were decoded
     seconds: float  # that the scan took
-    fresh: int  # files opened; the index knew the others
-    notes: list[str]  # what went wrong without stopping the scan
-    files: int  # that the rows are of
+    n_files: int
+    n_opened: int  # files; the others were in the index
+    notes: list[str]  # problems that did not stop the scan
 
 
-def printable(text):
-    """`text` with line breaks and undecodable bytes escaped, so that it fits on one line anywhere."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
-
-
-def suffix(name):
-    """Lower-case suffix with its dot, or ""."""
-    return os.path.splitext(name)[1].lower()
-
-
-def audio_below(root, top, ignored):
-    """Every path with an audio suffix below root/top, relative to root, in no order. What is no regular
-    file is there too: the scan says why it cannot be used. Links to folders are followed.
-
-    ignored: a Counter that is given the suffixes of the other files. Raises OSError for a folder that
-    cannot be read.
-    """
-    def identity(folder):
-        status = os.stat(folder)
-        return status.st_dev, status.st_ino
-
-    found, waiting = [], [(top, {identity(root)})]
-    while waiting:
-        folder, above = waiting.pop()
-        here = identity(os.path.join(root, folder))
-        if here in above:  # a link back to a folder that holds it
-            continue
-        with os.scandir(os.path.join(root, folder)) as entries:
-            for entry in entries:
-                path = f"{folder}/{entry.name}"
-                if entry.name.startswith("."):
-                    continue
-                if suffix(entry.name) in AUDIO_SUFFIXES:
-                    found.append(path)
-                elif entry.is_dir(follow_symlinks=False) or entry.is_symlink() and os.path.isdir(entry.path):
-                    waiting.append((path, above | {here}))
-                else:
-                    ignored[suffix(entry.name)] += 1
-    return found
-
-
-def write_atomic(path, content):
-    """Write bytes so that `path` holds the old content or the new, whatever happens in between."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-    try:
-        with open(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def codes(values):
-    """Codes (n,) int32 of hashable values, numbered from 0 as they first come."""
-    seen = {}
-    return np.fromiter((seen.setdefault(value, len(seen)) for value in values), np.int32)
-
-
-def unite(one, other):
-    """Codes (n,) int32 from 0 of the finest grouping in which rows that share a code in `one` or in
-    `other`, both (n,) codes from 0, are together."""
-    if len(np.unique(other)) == len(other):  # it puts nothing together
-        return one
-    from scipy.sparse import coo_array  # a quarter of a second, which --help need not wait for
-    from scipy.sparse.csgraph import connected_components
-
-    size = int(one.max()) + 1
-    graph = coo_array((np.ones(len(one)), (one, size + other)), shape=(size + int(other.max()) + 1,) * 2)
-    return connected_components(graph, directed=False)[1][one]
-
-
-def scan(manifest, index, full):
+def scan(manifest: Manifest, index: str | os.PathLike | None, full: bool) -> Scan:
     """Look into every file of a manifest once, however many rows use it.
 
-    index: a file that remembers what was seen, or None; it is made, and made anew when damaged, and runs
-    side by side may share it. full: decode every file from end to end; otherwise only headers are read,
-    and a file that an earlier full scan found broken stays broken until it changes.
+    index: the file to remember results in, or None. It is made if it is missing or damaged, and
+        runs side by side may share it.
+    full: decode every file from end to end. Otherwise only headers are read, and a file that an
+        earlier full scan found unreadable stays so until it changes.
 
-    Returns a Scan; a broken file is a row that is not ok, never an exception.
+    An unreadable file gives a row that is not ok, never an exception.
     """
     began = time.perf_counter()
-    file_of = codes(manifest.paths)  # (n,) file of each row
-    root, paths = os.path.join(manifest.root, ""), list(dict.fromkeys(manifest.paths))
-
-    def name(file):  # not a list of them: they are long
-        return root + paths[file]
-
-    facts, size = _stat(name, len(paths))
-    texts = _recall(facts, index)
-    opened, notes = np.zeros(len(paths), bool), []
+    file_of = factorize(manifest.paths)  # (n,) file of each row
+    files = _Files(manifest.root, list(dict.fromkeys(manifest.paths)), index)
+    notes = []
     try:
-        _look(name, facts, texts, opened, full)
-        same = _same_content(name, facts, texts, opened, size)
-    finally:  # interrupted too: what was seen need not be seen again
-        if index is not None and opened.any():
-            notes += _save_index(index, facts, texts)
+        files.inspect(full)
+        duplicate_files = files.find_duplicates()
+    finally:  # also on Ctrl-C: what was seen need not be seen again
+        if index is not None and files.opened.any():
+            notes += scan_index.save(index, files.records, files.texts)
 
-    ok = facts["ok"][file_of]
-    seconds = (facts["frames"] / np.maximum(facts["rate"], 1)).astype(np.float32)[file_of]
-    duration = np.where(ok, np.fmin(manifest.end, seconds) - manifest.start, 0).astype(np.float32)
-    reasons = {row: texts[file_of[row]] for row in np.flatnonzero(~ok).tolist()}
+    records = files.records
+    ok = records["ok"][file_of]
+    file_seconds = records["frames"] / np.maximum(records["rate"], 1)
+    file_seconds = file_seconds.astype(np.float32)[file_of]
+    duration = np.where(ok, np.fmin(manifest.end, file_seconds) - manifest.start, 0)
+    duration = duration.astype(np.float32)
+    reasons = {row: files.texts[file_of[row]] for row in np.flatnonzero(~ok).tolist()}
     for row in np.flatnonzero(ok & (duration <= 0)).tolist():
-        reasons[row] = f"the clip starts at {manifest.start[row]:g} s, but the file ends at {seconds[row]:g} s"
-        ok[row], duration[row] = False, 0
-    return Scan(duration, facts["rate"][file_of], facts["channels"][file_of].astype(np.int16), ok, reasons,
-                _rows_of(same, file_of), full, time.perf_counter() - began, int(opened.sum()), notes, len(paths))
+        reasons[row] = (f"the clip starts at {manifest.start[row]:g} s, but the file ends at "
+                        f"{file_seconds[row]:g} s")
+        ok[row] = False
+        duration[row] = 0
+    return Scan(
+        duration=duration, rate=records["rate"][file_of],
+        channels=records["channels"][file_of].astype(np.int16), ok=ok, reasons=reasons,
+        duplicates=_rows_of_files(duplicate_files, file_of), full=full,
+        seconds=time.perf_counter() - began, n_files=len(records),
+        n_opened=int(files.opened.sum()), notes=notes)
 
 
-def _rows_of(same, file_of):
-    """Lists of the rows of each set of files, in rising order."""
-    set_of = np.full(len(file_of), -1, np.int32)  # of each file; there are no more files than rows
-    for number, files in enumerate(same):
-        set_of[files] = number
-    rows = np.flatnonzero(set_of[file_of] >= 0)
-    return sorted(rows[at].tolist() for at in sets_of(set_of[file_of[rows]]))
-
-
-def write_bad_files(bad, path):
-    """Write `path,reason` for every pair in `bad`, each once; only the header if there is none."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(["path", "reason"])
-    writer.writerows(dict.fromkeys(map(tuple, bad)))
-    write_atomic(path, os.fsencode(text.getvalue()))
-
-
-def summary(scan, manifest):
-    """A few lines on what was found."""
-    ok, n = scan.ok, len(manifest)
-    lines = [f"{n} clips in {scan.files} files, {scan.duration.sum(dtype=float) / 3600:.2f} h; {scan.fresh} files "
-             f"{'decoded' if scan.full else 'opened'} in {scan.seconds:.1f} s"]
+def summary(scan: Scan, manifest: Manifest) -> list[str]:
+    """Describe a scan in a few lines."""
+    ok = scan.ok
+    hours = scan.duration.sum(dtype=float) / 3600
+    verb = "decoded" if scan.full else "opened"
+    lines = [f"{plural(len(manifest), 'clip')} in {plural(scan.n_files, 'file')}, {hours:.2f} h; "
+             f"{verb} {plural(scan.n_opened, 'file')} in {scan.seconds:.1f} s"]
     if ok.any():
-        low, middle, high = np.quantile(scan.duration[ok], [0, 0.5, 1])
-        lines.append(f"length {low:.2f} / {middle:.2f} / {high:.2f} s (shortest / median / longest)")
-        lines.append(f"{_count(scan.rate[ok], ' Hz')}; {_count(scan.channels[ok], ' channel(s)')}")
-    late = int((manifest.end[ok] > manifest.start[ok] + scan.duration[ok] + 0.05).sum())
-    if late:
-        lines.append(f"{late} clips end after their file does and are cut there")
+        shortest, median, longest = np.quantile(scan.duration[ok], [0, 0.5, 1])
+        lines.append(f"length {shortest:.2f} / {median:.2f} / {longest:.2f} s (shortest / median / "
+                     "longest)")
+        lines.append(f"{_count_values(scan.rate[ok], ' Hz')}; "
+                     f"{_count_values(scan.channels[ok], ' channel(s)')}")
+    n_cut = int((manifest.end[ok] > manifest.start[ok] + scan.duration[ok] + 0.05).sum())
+    if n_cut:
+        lines.append(f"cut at the end of their file: {plural(n_cut, 'clip')}")
     if scan.reasons:
-        first = "; ".join(f"{manifest.paths[row]}: {scan.reasons[row]}" for row in sorted(scan.reasons)[:3])
-        lines.append(f"{len(scan.reasons)} clips left out as broken: {first}{'; ...' * (len(scan.reasons) > 3)}")
+        examples = [f"{manifest.paths[row]}: {scan.reasons[row]}" for row in sorted(scan.reasons)]
+        if len(examples) > 3:
+            examples[3:] = ["..."]
+        n_bad = plural(len(scan.reasons), "unreadable clip")
+        lines.append(f"left out: {n_bad}: {'; '.join(examples)}")
     if scan.duplicates:
-        one, other = list(dict.fromkeys(manifest.paths[row] for row in scan.duplicates[0]))[:2]
-        copies = sum(len({manifest.paths[row] for row in rows}) - 1 for rows in scan.duplicates)
-        lines.append(f"{copies} files are byte-identical to another, e.g. {one} = {other}")
+        distinct = [dict.fromkeys(manifest.paths[row] for row in rows) for rows in scan.duplicates]
+        n_copies = sum(len(paths) - 1 for paths in distinct)
+        first, second = list(distinct[0])[:2]
+        verb = "is" if n_copies == 1 else "are"
+        lines.append(f"{plural(n_copies, 'file')} {verb} byte-identical to another, e.g. {first} = "
+                     f"{second}")
     return [printable(line) for line in lines + scan.notes]
 
 
-def _count(values, unit):
-    found, counts = np.unique(values, return_counts=True)
-    frequent = np.argsort(-counts, kind="stable")[:4]
-    rest = len(found) - 4
-    return (", ".join(f"{found[i]}{unit} x {counts[i]}" for i in frequent)
-            + (f" and {rest} more" if rest > 0 else ""))
+def write_bad_files(bad: Iterable[tuple[str, str]], path: str | os.PathLike) -> None:
+    """Write a CSV of (path, reason) pairs, each pair once."""
+    with atomic_write(path) as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "reason"])
+        writer.writerows(dict.fromkeys(map(tuple, bad)))
 
 
-def _stat(name, n):
-    """Empty facts (n,) with their keys, and sizes (n,) in bytes, -1 where there is no file."""
-    facts, size = np.zeros(n, FACT), np.full(n, -1, np.int64)
-    key = facts["key"]
-    for i in range(n):
-        path = name(i)
-        try:
-            status = os.stat(path)
-        except (OSError, ValueError):
-            continue
-        size[i] = status.st_size
-        key[i] = _hash(os.fsencode(f"{path}\0{status.st_size} {status.st_mtime_ns} {status.st_ino}"))
-    return facts, size
+class _Files:
+    """The files of a manifest and what is known of each."""
 
+    def __init__(self, root, paths, index):
+        n = len(paths)
+        self.prefix = os.path.join(root, "")
+        self.paths = paths  # relative; a list of full paths would be large
+        self.records = np.zeros(n, scan_index.RECORD)
+        self.size = np.full(n, -1, np.int64)  # bytes; -1: no such file
+        self.opened = np.zeros(n, bool)
+        self._stat()
+        self.texts = scan_index.recall(self.records, index)
 
-def _hash(content):
-    """64 bits of a hash; that any two of a million files share one has a chance of 3e-8."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    def path(self, i):
+        return self.prefix + self.paths[i]
 
-
-def _recall(facts, index):
-    """Fill in what the index knows. Returns the texts of these files."""
-    known, said = _load_index(index)
-    if len(known) == 0:
-        return {}
-    keys = known["key"].copy()  # side by side, to be searched
-    for begin in range(0, len(facts), PART):
-        part = facts[begin:begin + PART]
-        at = np.minimum(np.searchsorted(keys, part["key"]), len(keys) - 1)
-        hit = keys[at] == part["key"]
-        part[hit] = known[at[hit]]
-    return {i: said[int(facts["key"][i])] for i in np.flatnonzero(facts["noted"]).tolist()}
-
-
-def _look(name, facts, texts, opened, full):
-    """Read the headers of the files that are not known, or decode those not known to decode.
-
-    That a header is bad is not remembered: mending a permission leaves the key as it is. That decoding
-    fails is, since headers do not show it; only the next full scan tries again.
-    """
-    def look(i):
-        opened[i], fact = True, facts[i]
-        key, fact["key"] = fact["key"], 0
-        if not fact["ok"]:
-            texts.pop(i, None)
-        fact["ok"] = fact["full"] = False
-        try:
-            info = probe(name(i))
-            if full:
-                fact["full"] = True
-                info = check(name(i))
-            fact["rate"], fact["channels"], fact["frames"], fact["ok"] = info.rate, info.channels, info.frames, True
-        except AudioError as error:
-            texts[i] = str(error).encode(errors="replace").decode()
-        fact["noted"] = i in texts
-        if fact["ok"] or fact["full"]:
-            fact["key"] = key
-
-    known = facts["ok"] & facts["full"] if full else facts["ok"] | facts["full"]
-    _each(look, np.flatnonzero(~known).tolist())
-
-
-def _same_content(name, facts, texts, opened, size):
-    """Arrays of files with equal bytes: equal size, then equal fingerprint, then equal SHA-256."""
-    def fingerprint(i):
-        facts["print"][i] = _fingerprint(name(i), int(size[i]))
-
-    def digest(i):
-        texts[i], facts["noted"][i] = _sha256(name(i)), True  # in this order: an error leaves both
-
-    def read(look, files):
-        """look(file) for the files; one that cannot be read any more is broken."""
-        def careful(i):
-            opened[i] = True
+    def _stat(self):
+        for i in range(len(self.paths)):
+            path = self.path(i)
             try:
-                look(i)
-            except OSError as error:  # gone since its header was read
-                facts["key"][i], facts["ok"][i] = 0, False
-                texts[i] = f"cannot be read: {error.strerror}"
-        _each(careful, files.tolist())
+                status = os.stat(path)
+            except (OSError, ValueError):
+                continue
+            self.size[i] = status.st_size
+            identity = f"{path}\0{status.st_size} {status.st_mtime_ns} {status.st_ino}"
+            self.records["key"][i] = scan_index.hash64(os.fsencode(identity))
 
-    alike = np.flatnonzero(facts["ok"])
-    alike = alike[_shared(size[alike])]
-    read(fingerprint, alike[facts["print"][alike] == 0])
-    alike = alike[facts["ok"][alike]]
-    alike = alike[_shared(facts["print"][alike])]
-    read(digest, alike[~facts["noted"][alike]])
-    alike = alike[facts["ok"][alike]]
-    content = codes(texts[i] for i in alike.tolist())
-    return [alike[files] for files in sets_of(content) if len(files) > 1]
+    def inspect(self, full):
+        """Read the headers of unknown files; with `full`, decode those that were not decoded."""
+        ok, decoded = self.records["ok"], self.records["decoded"]
+        if full:
+            known = ok & decoded
+        else:
+            known = ok | decoded
+        _run_in_threads(lambda i: self._inspect_file(i, full), np.flatnonzero(~known).tolist())
+
+    def _inspect_file(self, i, full):
+        """Fill in the record of a file, and its text if it is unreadable.
+
+        A bad header is not saved, since a changed permission leaves the key as it is. A failed
+        decoding is, since the header does not show it; only the next full scan tries again.
+        """
+        self.opened[i] = True
+        record = self.records[i]  # a view
+        key = record["key"]
+        record["key"] = 0  # do not save it as long as it is incomplete
+        if not record["ok"]:
+            self.texts.pop(i, None)  # an old reason
+        record["ok"] = record["decoded"] = False
+        try:
+            info = probe(self.path(i))
+            if full:
+                record["decoded"] = True
+                info = check(self.path(i))
+            record["rate"] = info.rate
+            record["channels"] = info.channels
+            record["frames"] = info.frames
+            record["ok"] = True
+        except AudioError as error:
+            self.texts[i] = str(error).encode(errors="replace").decode()
+        record["has_text"] = i in self.texts
+        if record["ok"] or record["decoded"]:
+            record["key"] = key
+
+    def find_duplicates(self):
+        """Arrays of files with equal content.
+
+        Compares sizes, then fingerprints of files of equal size, then SHA-256 of files with equal
+        fingerprints.
+        """
+        records = self.records
+        candidates = np.flatnonzero(records["ok"])
+        candidates = candidates[is_repeated(self.size[candidates])]
+        self._read(self._take_fingerprint, candidates[records["fingerprint"][candidates] == 0])
+        candidates = candidates[records["ok"][candidates]]
+        candidates = candidates[is_repeated(records["fingerprint"][candidates])]
+        self._read(self._take_digest, candidates[~records["has_text"][candidates]])
+        candidates = candidates[records["ok"][candidates]]
+        content = factorize(self.texts[i] for i in candidates.tolist())
+        return [candidates[same] for same in indices_by_value(content) if len(same) > 1]
+
+    def _read(self, take, files):
+        """take(file) for each file. A file that has vanished since its header was read is bad."""
+        def take_carefully(i):
+            self.opened[i] = True
+            try:
+                take(i)
+            except OSError as error:
+                self.records["key"][i] = 0
+                self.records["ok"][i] = False
+                self.texts[i] = f"cannot be read: {error.strerror}"
+
+        _run_in_threads(take_carefully, files.tolist())
+
+    def _take_fingerprint(self, i):
+        size = int(self.size[i])
+        with open(self.path(i), "rb", buffering=0) as file:
+            if size <= 3 * PIECE:
+                pieces = [os.pread(file.fileno(), 3 * PIECE, 0)]
+            else:
+                starts = (0, size // 2, size - PIECE)
+                pieces = [os.pread(file.fileno(), PIECE, start) for start in starts]
+        self.records["fingerprint"][i] = scan_index.hash64(b"%d" % size + b"".join(pieces))
+
+    def _take_digest(self, i):
+        self.texts[i] = sha256_of(self.path(i))
+        self.records["has_text"][i] = True  # last, so that an error leaves both as they were
 
 
-def _each(function, items):
-    """function(item) for every item, on a few threads."""
-    waiting = iter(items)  # the threads take turns at it
+def _rows_of_files(sets_of_files, file_of):
+    """Sorted lists of the rows of each set of files."""
+    set_of_file = np.full(len(file_of), -1, np.int32)  # there are no more files than rows
+    for number, files in enumerate(sets_of_files):
+        set_of_file[files] = number
+    set_of_row = set_of_file[file_of]
+    rows = np.flatnonzero(set_of_row >= 0)
+    return sorted(rows[indices].tolist() for indices in indices_by_value(set_of_row[rows]))
+
+
+def _count_values(values, unit, most=4):
+    """"44100 Hz x 20, 48000 Hz x 3 and 2 more"."""
+    distinct, counts = np.unique(values, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    text = ", ".join(f"{distinct[i]}{unit} x {counts[i]}" for i in order[:most])
+    n_more = len(distinct) - most
+    return f"{text} and {n_more} more" if n_more > 0 else text
+
+
+def _run_in_threads(function: Callable[[int], None], items: list[int]) -> None:
+    """Call function(item) for each item on a few threads; on Ctrl-C begin no further item."""
+    waiting = iter(items)  # shared by the threads
 
     def work():
         for item in waiting:
@@ -312,77 +258,10 @@ def _each(function, items):
 
     pool = ThreadPoolExecutor(WORKERS)
     try:
-        for job in [pool.submit(work) for _ in range(min(WORKERS, len(items)))]:
+        jobs = [pool.submit(work) for _ in range(min(WORKERS, len(items)))]
+        for job in jobs:
             job.result()
     finally:
-        for _ in waiting:  # on Ctrl-C: nothing more is begun
+        for _ in waiting:  # empty it, so that the threads end
             pass
         pool.shutdown()
-
-
-def _fingerprint(name, size):
-    """64 bits of a hash of the size and of the file's start, middle and end."""
-    file = os.open(name, os.O_RDONLY)
-    try:
-        if size <= 3 * PIECE:
-            pieces = [os.pread(file, 3 * PIECE, 0)]
-        else:
-            pieces = [os.pread(file, PIECE, start) for start in (0, size // 2, size - PIECE)]
-    finally:
-        os.close(file)
-    return _hash(b"%d" % size + b"".join(pieces))
-
-
-def _sha256(name):
-    digest = hashlib.sha256()
-    with open(name, "rb", buffering=0) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _shared(values):
-    """Mask (n,) of the values that are there more than once."""
-    order = np.argsort(values, kind="stable")
-    again = np.flatnonzero(np.diff(values[order]) == 0)
-    shared = np.zeros(len(values), bool)
-    shared[order[again]] = shared[order[again + 1]] = True
-    return shared
-
-
-def sets_of(values):
-    """Arrays of the indices of equal values, one per distinct value in rising order."""
-    order = np.argsort(values, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(values[order])) + 1) if len(order) else []
-
-
-def _load_index(index):
-    """Facts (m,) sorted by key, and the texts by key; none if there is no sound index."""
-    try:
-        content = Path(index).read_bytes() if index is not None else b""
-    except OSError:
-        content = b""
-    start = len(INDEX_HEAD) + 32
-    body = memoryview(content)[start:]
-    if content[:start] != INDEX_HEAD + hashlib.sha256(body).digest():
-        return np.zeros(0, FACT), {}
-    m = int.from_bytes(body[:8], "little")
-    known = np.frombuffer(body[8:], FACT, m)
-    return known, {int(key): text for key, text in json.loads(bytes(body[8 + known.nbytes:])).items()}
-
-
-def _save_index(index, facts, texts):
-    """Add these facts to those that the index has now, up to the limit. Of runs side by side that write in the
-    same moment the last one wins; what only the others saw is looked at once more. Returns lines that say what
-    went wrong."""
-    known, said = _load_index(index)
-    said.update((int(facts["key"][i]), text) for i, text in texts.items())
-    known = np.concatenate([facts[facts["key"] != 0], known])[:INDEX_LIMIT]
-    known = known[np.unique(known["key"], return_index=True)[1]]  # the first of a key is the newest
-    said = {key: said[key] for key in known["key"][known["noted"]].tolist()}
-    body = b"".join([len(known).to_bytes(8, "little"), known, json.dumps(said).encode()])
-    try:
-        write_atomic(index, INDEX_HEAD + hashlib.sha256(body).digest() + body)
-    except OSError as error:
-        return [f"the scan is not remembered: {index}: {error.strerror}"]
-    return []

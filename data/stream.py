@@ -1,117 +1,155 @@
-"""Recordings of any length -> windows, in memory that does not grow with them; windows -> batches.
+"""Recordings of any length to windows, with constant memory; windows to batches.
 
-A recording is decoded and resampled block by block, once, from its beginning to its end. What a batch holds is settled
-by the list of recordings and their headers alone.
+A recording is decoded and resampled once, block by block. The content of a batch follows from
+the list of recordings and their headers alone.
 """
 import hashlib
 import os
 import re
 from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
+import soundfile as sf
 import soxr
 
-from .audio import AudioError, AudioInfo, decode_mono, fit, info_of, length_at, open_audio, probe, tile_starts
+from .audio import (
+    AudioError,
+    AudioInfo,
+    decode_mono,
+    fit,
+    info_of,
+    length_at,
+    open_audio,
+    probe,
+    tile_starts,
+)
 from .manifest import DataError
-from .scan import WORKERS, audio_below
+from .files import find_audio
+from .scan import WORKERS
 
-BLOCK = 1 << 16  # frames decoded at a time, or as many as a window has
-GROUP = 8  # batches, see `number_groups`
-UNSAFE = frozenset('/\\:*?"<>|')  # not taken into a file name; nor is what cannot be printed
-ROOM = 150  # bytes of a name that are kept: some suffix follows, and 255 is the most
+BLOCK = 1 << 16  # frames decoded at a time, or one window if that is longer
+BATCHES_PER_GROUP = 8  # see `number_groups`
+UNSAFE = frozenset('/\\:*?"<>|')  # characters that some systems do not allow in file names
+MAX_NAME_BYTES = 150  # a suffix is added later, and file systems allow 255
 
 
 @dataclass(frozen=True)
 class Windows:
-    """How a recording is cut: `samples` samples at `rate` Hz, one window each `hop` samples, the last one moved back to
-    end with the recording; short: what becomes of a recording shorter than a window, see audio.fit."""
-    rate: int
+    """How recordings are cut into windows.
+
+    Windows of `samples` samples start every `hop` samples. The last one is moved back to end with
+    the recording. short: "repeat" or "pad" for recordings shorter than a window, see audio.fit.
+    """
+    rate: int  # Hz
     samples: int
     hop: int
     short: str
 
     def __post_init__(self):
         if self.short not in ("repeat", "pad") or not 0 < self.hop <= self.samples:
-            raise ValueError(f"windows of {self.samples} samples, one each {self.hop}, {self.short!r}")
+            raise ValueError(f"windows of {self.samples} samples, hop {self.hop}, {self.short!r}")
 
-    def total(self, info):
-        """Samples of a recording of that AudioInfo as evaluation counts them: its seconds, which are float32 there,
-        rounded. From some minutes on float32 is too coarse for that, so never more than one off."""
+    def total(self, info: AudioInfo) -> int:
+        """Samples of a recording, the same number as in evaluation.
+
+        Evaluation rounds seconds in float32. That is too coarse for recordings of several minutes,
+        so the result differs from the exact length by one sample at most.
+        """
         exact = length_at(info, self.rate)
-        return min(max(exact, round(float(np.float32(info.seconds)) * self.rate)), exact + 1)
+        as_evaluation = round(float(np.float32(info.seconds)) * self.rate)
+        return min(max(exact, as_evaluation), exact + 1)
 
-    def starts(self, info):
+    def starts(self, info: AudioInfo) -> list[int]:
+        """Starts of the windows of a recording, in samples."""
         return tile_starts(self.total(info), self.samples, self.hop)
 
 
 @dataclass(slots=True)
 class Recording:
-    path: str  # as the person named it, or its folder
-    file: str  # the same, absolute
-    name: str  # a relative path for its results, of safe characters, which no other recording has
+    path: str  # as given by the user, or below a folder given by the user
+    file: str  # the same as an absolute path
+    name: str  # unique relative path for result files, of safe characters
     size: int = -1  # bytes
     mtime_ns: int = -1
     info: AudioInfo | None = None
     reason: str | None = None  # why it cannot be used
-    windows: int = 0
+    windows: int = 0  # how many
 
     @property
-    def key(self):
-        """A name for its file that has nothing of the file's own name in it."""
+    def key(self) -> str:
+        """A hash of the file's path, used as a file name."""
         return hashlib.blake2b(os.fsencode(self.file), digest_size=16).hexdigest()
 
 
-def find_recordings(inputs):
-    """Every file named, and every audio file below a folder named -> [Recording] sorted by path, each once.
+def find_recordings(inputs: Sequence[str]) -> list[Recording]:
+    """Find all given files, and all audio files below given folders, sorted by path, each once.
 
-    Raises DataError for a name that is not there, and where nothing is found.
+    Raises DataError if a path does not exist or there are no audio files.
     """
-    found, tops, ignored = {}, [], Counter()
+    paths = {}  # absolute path -> path as the user gave it
+    folders = []  # of all inputs, absolute
+    ignored = Counter()  # suffixes of other files
     for given in inputs:
-        top = os.path.abspath(given)
-        tops.append(top if os.path.isdir(top) else os.path.dirname(top))
-        if not os.path.isdir(top):
-            if not os.path.lexists(top):
-                raise DataError(f"{given}: no such file or folder; mend the path")
-            found.setdefault(top, given)
-            continue
-        above, name = os.path.split(top)
-        try:
-            for path in audio_below(above, name, ignored):
-                inside = path.removeprefix(name + "/")
-                found.setdefault(os.path.join(top, inside), os.path.join(given, inside))
-        except OSError as error:
-            raise DataError(f"{error.filename}: {error.strerror}; make it readable or take it away") from None
-    if not found:
-        seen = ", ".join(f"{n} x {suffix or 'no suffix'}" for suffix, n in ignored.most_common(3))
-        raise DataError(f"{inputs[0]}: no audio files in there{f' ({seen})' if seen else ''}; give recordings, or a folder "
-                        "that holds some")
-    common = os.path.commonpath(tops)
-    return [Recording(found[file], file, "/".join(map(safe, os.path.relpath(file, common).split("/"))))
-            for file in sorted(found, key=os.fsencode)]
+        absolute = os.path.abspath(given)
+        if os.path.isdir(absolute):
+            folders.append(absolute)
+            for path in _audio_in(absolute, ignored):
+                paths.setdefault(os.path.join(absolute, path), os.path.join(given, path))
+        elif os.path.lexists(absolute):
+            folders.append(os.path.dirname(absolute))
+            paths.setdefault(absolute, given)
+        else:
+            raise DataError(f"{given}: no such file or folder; check the path")
+    if not paths:
+        others = [f"{n} x {suffix or 'no suffix'}" for suffix, n in ignored.most_common(3)]
+        listed = f" ({', '.join(others)})" if others else ""
+        raise DataError(f"{inputs[0]}: no audio files{listed}; give recordings or a folder of them")
+
+    common = os.path.commonpath(folders)
+    recordings = []
+    for file in sorted(paths, key=os.fsencode):
+        parts = os.path.relpath(file, common).split("/")
+        recordings.append(Recording(paths[file], file, "/".join(map(safe_name, parts))))
+    return recordings
 
 
-def safe(name):
-    """The name of a file or folder as one that every system takes; what had to be changed, or could be mistaken for one
-    that was, gets a hash of the name at its end."""
-    plain = "".join(c if c.isprintable() and c not in UNSAFE else "_" for c in name)
-    if plain == name and len(name.encode()) <= ROOM and not re.search("-[0-9a-f]{12}$", name):
+def _audio_in(folder, ignored):
+    """Paths of the audio files below an absolute folder, relative to it. Raises DataError."""
+    parent, name = os.path.split(folder)
+    try:
+        return [path.removeprefix(name + "/") for path in find_audio(parent, name, ignored)]
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}; make it readable "
+                        "or remove it") from None
+
+
+def safe_name(name: str) -> str:
+    """Change the name of a file or folder so that every system allows it.
+
+    A changed name ends in a hash of the original name, so that names stay different. So does a name
+    that already looks like a changed one.
+    """
+    safe = "".join(c if c.isprintable() and c not in UNSAFE else "_" for c in name)
+    looks_changed = re.search("-[0-9a-f]{12}$", name)
+    if safe == name and len(name.encode()) <= MAX_NAME_BYTES and not looks_changed:
         return name
     digest = hashlib.blake2b(os.fsencode(name), digest_size=6).hexdigest()
-    return f"{plain.encode()[:ROOM].decode(errors='ignore')}-{digest}"
+    return f"{safe.encode()[:MAX_NAME_BYTES].decode(errors='ignore')}-{digest}"
 
 
-def look(recordings, cut):
-    """Read the headers: fills in size, mtime_ns, info and windows, or the reason, of each recording."""
-    def one(recording):
+def read_headers(recordings: Sequence[Recording], windows: Windows) -> None:
+    """Fill in size, mtime_ns, info and windows of each recording, or reason if it is broken."""
+    def read_header(recording):
         try:
             status = os.stat(recording.file)
             recording.size, recording.mtime_ns = status.st_size, status.st_mtime_ns
             recording.info = probe(recording.file)
-            recording.windows = len(cut.starts(recording.info))
+            recording.windows = len(windows.starts(recording.info))
         except OSError as error:
             recording.reason = f"cannot be opened: {error.strerror}"
         except AudioError as error:
@@ -119,61 +157,76 @@ def look(recordings, cut):
 
     pool = ThreadPoolExecutor(WORKERS)
     try:
-        for _ in pool.map(one, recordings):
+        for _ in pool.map(read_header, recordings):
             pass
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def number_groups(counts, size):
-    """Numbers of windows (n,) of recordings in their order -> (n,) the group of each: neighbours are together up to
-    GROUP * size windows; a longer recording is alone.
+def number_groups(counts: Sequence[int], size: int) -> list[int]:
+    """Assign recordings to groups, in their order.
 
-    A batch never holds windows of two groups. So it holds the same, and a score has the same last bit, when a
-    stopped run goes on with the first group that is not done.
+    counts: (n,) windows of each recording; size: windows per batch. Neighbours share a group up to
+    BATCHES_PER_GROUP * size windows; a longer recording has its own group. A batch never has
+    windows of two groups. So if a stopped run continues with its first unfinished group, its
+    batches are the same, and the scores are the same to the last bit.
     """
-    groups, group, filled = [], 0, 0
+    groups, group, n_windows = [], 0, 0
     for count in counts:
-        if filled and filled + count > GROUP * size:
-            group, filled = group + 1, 0
+        if n_windows and n_windows + count > BATCHES_PER_GROUP * size:
+            group += 1
+            n_windows = 0
         groups.append(group)
-        filled += count
+        n_windows += count
     return groups
 
 
-def windows_of(file, cut):
-    """Yield (start, end, (samples,) float32) of each window of a recording, start and end in samples at the rate of
-    `cut`; a window equals, to about 1e-5, what audio.read and audio.fit give for it.
+def read_windows(file: str, windows: Windows) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yield (start, end, (samples,) float32) of each window of a recording.
 
-    Raises AudioError, maybe after some windows. An MP3 that is shorter than its header says may lack the last.
+    start, end: in samples at `windows.rate`. To about 1e-5, a window equals the result of
+    audio.read and audio.fit. Raises AudioError, possibly after some windows. An MP3 that is shorter
+    than its header says may lack the last window.
     """
     with open_audio(file) as audio:
         info = info_of(audio)
-        starts, there = cut.starts(info), length_at(info, cut.rate)
-        wave, at, i = np.zeros(0, np.float32), 0, 0  # wave[0] is sample `at` of the recording
-        for block in resampled(audio, cut):
+        starts = windows.starts(info)
+        total = length_at(info, windows.rate)
+        wave = np.zeros(0, np.float32)  # decoded samples that a window still needs
+        first = 0  # place of wave[0] in the recording
+        done = 0  # windows
+        for block in _resampled(audio, windows):
             wave = np.concatenate([wave, block])
-            while i < len(starts) and starts[i] + cut.samples <= min(there, at + len(wave)):
-                yield starts[i], starts[i] + cut.samples, wave[starts[i] - at:][:cut.samples].copy()
-                i += 1
-            gone = min(starts[i] - at if i < len(starts) else len(wave), len(wave))
-            wave, at = wave[gone:], at + gone
-    end = min(there, at + len(wave))
-    for start in starts[i:]:  # one at most, but for a recording that ends early
+            while done < len(starts):
+                start, end = starts[done], starts[done] + windows.samples
+                if end > min(total, first + len(wave)):
+                    break
+                yield start, end, wave[start - first:end - first].copy()
+                done += 1
+            not_needed = starts[done] - first if done < len(starts) else len(wave)
+            not_needed = min(not_needed, len(wave))
+            wave = wave[not_needed:]
+            first += not_needed
+
+    # A window may be left that reaches beyond the end: of a short recording, or by rounding.
+    end = min(total, first + len(wave))
+    for start in starts[done:]:
         if start < end:
-            yield start, end, fit(wave[start - at:end - at], cut.samples, cut.short)
+            part = wave[start - first:end - first]
+            yield start, end, fit(part, windows.samples, windows.short)
         elif start == 0:
-            raise AudioError("truncated: nothing is left after resampling")
+            raise AudioError("truncated: no samples are left after resampling")
 
 
-def resampled(audio, cut):
-    """Yield blocks (k,) float32 of an open recording, mono, at the rate of `cut`."""
-    most = max(BLOCK, cut.samples * audio.samplerate // cut.rate)
-    blocks = decode_mono(audio, audio.frames, most)
-    if audio.samplerate == cut.rate:
+def _resampled(audio: sf.SoundFile, windows: Windows) -> Iterator[np.ndarray]:
+    """Yield an open recording as blocks (k,) float32, mono, at `windows.rate`."""
+    source = audio.samplerate
+    block_frames = max(BLOCK, windows.samples * source // windows.rate)
+    blocks = decode_mono(audio, audio.frames, block_frames)
+    if source == windows.rate:
         yield from blocks
         return
-    resampler = soxr.ResampleStream(audio.samplerate, cut.rate, 1, dtype="float32", quality="HQ")
+    resampler = soxr.ResampleStream(source, windows.rate, 1, dtype="float32", quality="HQ")
     for block in blocks:
         yield resampler.resample_chunk(block)
     yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
@@ -182,64 +235,83 @@ def resampled(audio, cut):
 @dataclass
 class WindowBatch:
     wave: np.ndarray  # (B, samples) float32
-    windows: list  # [(recording, start, end)] of each, in samples at the model's rate
-    ended: list  # [(recording, None or why it cannot be used)] whose last window is in this batch or before
+    windows: list[tuple[Recording, int, int]]  # (recording, start, end) of each, in samples
+    # (recording, None or why it is broken): its last window is in this batch or an earlier one
+    ended: list[tuple[Recording, str | None]]
 
 
-def window_batches(recordings, cut, size, workers):
-    """Yield WindowBatch of up to `size` windows of the recordings [(recording, group)] in their order. `workers` of them
-    are decoded at a time, on threads, each up to `size` windows ahead."""
-    waves, windows, ended = [], [], []
+def window_batches(
+    recordings: Iterable[tuple[Recording, int]], windows: Windows, size: int, workers: int
+) -> Iterator[WindowBatch]:
+    """Yield batches of up to `size` windows.
 
-    def batch():
-        full = WindowBatch(np.stack(waves) if waves else np.zeros((0, cut.samples), np.float32), windows[:], ended[:])
-        for held in (waves, windows, ended):
-            held.clear()
-        return full
-
+    recordings: (recording, group) in their order, see `number_groups`. `workers` recordings are
+    decoded at a time, on threads, each up to `size` windows ahead.
+    """
+    waves, places, ended = [], [], []  # of the batch that is being filled
     group = None
-    for recording, its_group, found, last, reason in _decoded(recordings, cut, size, workers):
-        if its_group != group and (windows or ended):
-            yield batch()
-        group = its_group
-        for start, end, wave in found:
-            if len(windows) == size:
-                yield batch()
+
+    def finish_batch():
+        wave = np.stack(waves) if waves else np.zeros((0, windows.samples), np.float32)
+        batch = WindowBatch(wave, places.copy(), ended.copy())
+        waves.clear()
+        places.clear()
+        ended.clear()
+        return batch
+
+    for chunk in _decoded(recordings, windows, size, workers):
+        if chunk.group != group and (places or ended):
+            yield finish_batch()
+        group = chunk.group
+        for start, end, wave in chunk.windows:
+            if len(places) == size:
+                yield finish_batch()
             waves.append(wave)
-            windows.append((recording, start, end))
-        if last:
-            ended.append((recording, reason))
-    if windows or ended:
-        yield batch()
+            places.append((chunk.recording, start, end))
+        if chunk.is_last:
+            ended.append((chunk.recording, chunk.reason))
+    if places or ended:
+        yield finish_batch()
 
 
-def _decoded(recordings, cut, size, workers):
-    """Yield (recording, its group, up to `size` of its windows, whether these are the last, None or why it is broken)."""
-    def more(windows):
+class _Chunk(NamedTuple):
+    """Consecutive windows of one recording."""
+    recording: Recording
+    group: int
+    windows: list[tuple[int, int, np.ndarray]]  # as read_windows yields them
+    is_last: bool
+    reason: str | None  # why the recording is broken
+
+
+def _decoded(recordings, windows, size, workers):
+    """Yield the recordings as _Chunks of up to `size` windows, in order."""
+    def next_windows(iterator):
         try:
-            return list(islice(windows, size)), None
+            return list(islice(iterator, size)), None
         except AudioError as error:
             return [], str(error)
 
+    pool = ThreadPoolExecutor(workers)
+    waiting = iter(recordings)
+    queue = deque()  # recordings that are being decoded, in order
+
     def open_next():
         for recording, group in islice(waiting, 1):
-            windows = windows_of(recording.file, cut)
-            line.append((recording, group, windows, pool.submit(more, windows)))
+            iterator = read_windows(recording.file, windows)
+            queue.append((recording, group, iterator, pool.submit(next_windows, iterator)))
 
-    waiting, line = iter(recordings), deque()
-    pool = ThreadPoolExecutor(workers)
     try:
         for _ in range(workers):
             open_next()
-        while line:
-            recording, group, windows, job = line.popleft()
-            last = False
-            while not last:
-                found, reason = job.result()
-                last = len(found) < size
-                if not last:
-                    job = pool.submit(more, windows)
-                yield recording, group, found, last, reason
+        while queue:
+            recording, group, iterator, future = queue.popleft()
+            is_last = False
+            while not is_last:
+                found, reason = future.result()
+                is_last = len(found) < size
+                if not is_last:
+                    future = pool.submit(next_windows, iterator)
+                yield _Chunk(recording, group, found, is_last, reason)
             open_next()
     finally:
         pool.shutdown(cancel_futures=True)

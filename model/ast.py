@@ -1,19 +1,22 @@
-"""The Audio Spectrogram Transformer: (B, n_mels, frames) -> (B, classes).
+"""The Audio Spectrogram Transformer: (B, n_mels, frames) -> logits (B, n_classes).
 
-Y. Gong, Y.-A. Chung, J. Glass, "AST: Audio Spectrogram Transformer", Interspeech 2021. The layout of the
-parameters is timm's distilled DeiT, which the authors built on, so their weights load key by key.
+Y. Gong, Y.-A. Chung, J. Glass, "AST: Audio Spectrogram Transformer", Interspeech 2021. Parameters
+are laid out as in timm's distilled DeiT, which the authors built on. So their weights load key by
+key.
 """
 from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+N_EXTRA_TOKENS = 2  # the class and the distillation token, before the patches
 
 
 @dataclass(frozen=True)
 class ASTConfig:
-    """What an AST is; `AST(ASTConfig(**config.to_dict()))` builds the same one again."""
+    """The architecture of an AST. `ASTConfig(**config.to_dict())` gives the same one again."""
     n_classes: int
     dim: int = 768
     depth: int = 12
@@ -21,7 +24,7 @@ class ASTConfig:
     n_mels: int = 128
     patch: int = 16
     stride: int = 10
-    time_patches: int = 101  # of the position grid as a parameter; any real length is fitted to it
+    time_patches: int = 101  # columns of the position parameter, which is fitted to each input
     mlp_ratio: float = 4.0
     drop_path: float = 0.0  # rate at the last block, rising linearly from 0 at the first
 
@@ -34,193 +37,252 @@ class ASTConfig:
             raise ValueError(f"drop_path {self.drop_path} is not in [0, 1)")
 
     @classmethod
-    def base(cls, n_classes, **changes):
+    def base(cls, n_classes: int, **changes) -> "ASTConfig":
         return cls(n_classes, **changes)
 
     @classmethod
-    def small(cls, n_classes, **changes):
+    def small(cls, n_classes: int, **changes) -> "ASTConfig":
         return cls(n_classes, **{"dim": 384, "heads": 6, **changes})
 
     @classmethod
-    def tiny(cls, n_classes, **changes):
+    def tiny(cls, n_classes: int, **changes) -> "ASTConfig":
         return cls(n_classes, **{"dim": 192, "heads": 3, **changes})
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         return asdict(self)
 
-    def patches(self, frames):
-        """(frequency, time) patches of an input of `frames` frames."""
-        return (self.n_mels - self.patch) // self.stride + 1, (frames - self.patch) // self.stride + 1
+    def patches(self, frames: int) -> tuple[int, int]:
+        """(rows, columns) of patches in an input of `frames` frames: frequency, then time."""
+        rows = (self.n_mels - self.patch) // self.stride + 1
+        return rows, (frames - self.patch) // self.stride + 1
 
     @property
-    def grid(self):
-        """(frequency, time) of the position grid."""
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the position parameter."""
         return self.patches(0)[0], self.time_patches
 
 
 class Attention(nn.Module):
-    def __init__(self, dim, heads):
+    """Multi-head self-attention."""
+
+    def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, first=None):  # (B, N, dim) -> (B, first, dim): of the first tokens alone, by default of all
-        B, N, dim = x.shape
-        if first is None:
-            q, k, v = self.qkv(x).view(B, N, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+    def forward(self, x: Tensor, n_queries: int | None = None, return_weights: bool = False):
+        """Attend from the first `n_queries` tokens (default: all) to all tokens.
+
+        x (B, N, dim) -> (B, n_queries, dim). With `return_weights` -> (that, the attention weights
+        (B, heads, n_queries, N)): slower and larger, since the fused kernel never stores them.
+        """
+        q, k, v = self._queries_keys_values(x, n_queries)
+        if return_weights:
+            weights = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1)
+            heads = weights @ v
         else:
-            weight, bias = self.qkv.weight.split((dim, 2 * dim)), self.qkv.bias.split((dim, 2 * dim))
-            q = F.linear(x[:, :first], weight[0], bias[0]).view(B, first, self.heads, dim // self.heads).transpose(1, 2)
-            k, v = F.linear(x, weight[1], bias[1]).view(B, N, 2, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N or first, dim / heads)
-        return self.proj(x.transpose(1, 2).flatten(2))
+            weights = None
+            heads = F.scaled_dot_product_attention(q, k, v)  # (B, heads, n_queries, dim / heads)
+        out = self.proj(heads.transpose(1, 2).flatten(2))
+        return (out, weights) if return_weights else out
+
+    def _queries_keys_values(self, x, n_queries):
+        """q (B, heads, n_queries, dim / heads), k and v (B, heads, N, dim / heads)."""
+        B, N, dim = x.shape
+        size = dim // self.heads
+        if n_queries is None:
+            return self.qkv(x).view(B, N, 3, self.heads, size).permute(2, 0, 3, 1, 4)
+        q_weight, kv_weight = self.qkv.weight.split((dim, 2 * dim))
+        q_bias, kv_bias = self.qkv.bias.split((dim, 2 * dim))
+        q = F.linear(x[:, :n_queries], q_weight, q_bias)
+        q = q.view(B, n_queries, self.heads, size).transpose(1, 2)
+        kv = F.linear(x, kv_weight, kv_bias)
+        k, v = kv.view(B, N, 2, self.heads, size).permute(2, 0, 3, 1, 4)
+        return q, k, v
 
 
 class MLP(nn.Module):
-    def __init__(self, dim, hidden):
+    def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; drop-path is per clip."""
+    """Pre-norm transformer block with drop-path per clip.
 
-    def __init__(self, config, drop_path):
+    n_outputs: compute only that many first tokens; they still attend to all. None: all tokens.
+    """
+
+    def __init__(self, config: ASTConfig, drop_path: float, n_outputs: int | None = None):
         super().__init__()
         self.drop_path = drop_path
+        self.n_outputs = n_outputs
         self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
         self.attn = Attention(config.dim, config.heads)
         self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
         self.mlp = MLP(config.dim, int(config.dim * config.mlp_ratio))
 
-    def forward(self, x, noise=None, first=None):
-        """x (B, N, dim), noise (B, 2) in [0, 1) or None -> (B, N, dim), or (B, first, dim) where only the first
-        tokens are wanted, which attend to all."""
-        x = x[:, :first] + self._keep(self.attn(self.norm1(x), first), noise, 0)
-        return x + self._keep(self.mlp(self.norm2(x)), noise, 1)
+    def forward(self, x: Tensor, drop_noise: Tensor | None = None, return_attention: bool = False):
+        """x (B, N, dim), drop_noise (B, 2) in [0, 1) or None -> (B, n_outputs, dim).
 
-    def _keep(self, branch, noise, which):
-        if noise is None or self.drop_path == 0:
+        With `return_attention` -> (that, the attention weights (B, heads, n_outputs, N)).
+        """
+        branch = self.attn(self.norm1(x), self.n_outputs, return_attention)
+        if return_attention:
+            branch, attention = branch
+        x = x[:, :self.n_outputs] + self._drop(branch, drop_noise, 0)
+        x = x + self._drop(self.mlp(self.norm2(x)), drop_noise, 1)
+        return (x, attention) if return_attention else x
+
+    def _drop(self, branch, drop_noise, i):
+        """Zero a branch for some clips and scale it up for the others; its mean stays the same."""
+        if drop_noise is None or self.drop_path == 0:
             return branch
-        keep = (noise[:, which] >= self.drop_path).to(branch.dtype) / (1 - self.drop_path)
-        return branch * keep[:, None, None]
+        scale = (drop_noise[:, i] >= self.drop_path).to(branch.dtype) / (1 - self.drop_path)
+        return branch * scale[:, None, None]
 
 
 class AST(nn.Module):
-    """AST(config)(x): x (B, n_mels, frames), normalised as the front end does it -> logits (B, n_classes).
+    """Audio Spectrogram Transformer: x (B, n_mels, frames) -> logits (B, n_classes).
 
-    In training with drop-path, `noise` (B, 2 * depth), uniform in [0, 1), decides for each clip which
-    branches are dropped; the caller derives it from the clip, so that a clip is treated alike in any
-    batch, on any rank and in a batch split in two. Without it, torch's own generator is drawn from.
-    `kept` (B, k) names the patches of each clip, row by row from 0, that take part; without it all do.
+    drop_noise: (B, 2 * depth), uniform in [0, 1): decides which branches drop-path drops in a clip.
+        If the caller derives it from the clip, a clip is treated alike in any batch, on any rank.
+        Default in training: torch's own random numbers.
+    patch_ids: (B, k), the patches of each clip that take part, numbered row by row from 0.
+        Default: all.
 
-    Raises ValueError for an input of another shape, swapped axes first of all: they give the same number
-    of tokens (12 x 101 = 101 x 12) and would train silently.
+    Raises ValueError for any other shape of x. Swapped axes give the same number of tokens
+    (12 x 101 = 101 x 12), so without the check they would train silently.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: ASTConfig):
         super().__init__()
         self.config = config
-        self.checkpointing = False  # recompute block activations in backward: less memory, a third more time
+        self.checkpointing = False  # recompute activations: less memory, about a third more time
         dim, (rows, columns) = config.dim, config.grid
         self.patch_embed = nn.Conv2d(1, dim, config.patch, config.stride)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.dist_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 2 + rows * columns, dim))  # cls, dist, grid row by row
+        # cls, dist, then the grid row by row
+        self.pos_embed = nn.Parameter(torch.zeros(1, N_EXTRA_TOKENS + rows * columns, dim))
         rates = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        if config.depth:
+            self.blocks[-1].n_outputs = N_EXTRA_TOKENS  # the head reads nothing else
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, config.n_classes))
         self.apply(_init)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.dist_token, std=0.02)
-        with torch.no_grad():  # learning where a patch lies from 2% noise costs a small data set many epochs
-            self.pos_embed[0, 2:] = sincos_grid(rows, columns, dim)
+        with torch.no_grad():
+            # Small data sets take many epochs to learn positions from random values.
+            self.pos_embed[0, N_EXTRA_TOKENS:] = sincos_grid(rows, columns, dim)
 
-    def forward(self, x, noise=None, kept=None):
-        return self.head(self.features(x, noise, kept))
+    def forward(self, x: Tensor, drop_noise: Tensor | None = None,
+                patch_ids: Tensor | None = None) -> Tensor:
+        return self.head(self.features(x, drop_noise, patch_ids))
 
-    def features(self, x, noise=None, kept=None):
-        """(B, n_mels, frames) -> (B, dim): the mean of the normed cls and distillation tokens."""
-        self._check(x)
-        if noise is None and self.training and self.config.drop_path > 0:
-            noise = torch.rand(len(x), 2 * self.config.depth, device=x.device)
-        x = self.patch_embed(x.unsqueeze(1))  # (B, dim, rows, columns)
-        positions = self._positions(*x.shape[2:])
-        x = x.flatten(2).transpose(1, 2)  # (B, rows * columns, dim)
-        tokens = torch.cat([self.cls_token, self.dist_token], dim=1).expand(x.shape[0], -1, -1)
-        x = torch.cat([tokens, x], dim=1) + positions
-        if kept is not None:
-            x = torch.cat([x[:, :2], x[:, 2:].gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))], dim=1)
+    def features(self, x: Tensor, drop_noise: Tensor | None = None,
+                 patch_ids: Tensor | None = None) -> Tensor:
+        """(B, n_mels, frames) -> (B, dim), what the head reads."""
+        x = self.embed(x, patch_ids)
+        if drop_noise is None and self.training and self.config.drop_path > 0:
+            drop_noise = torch.rand(len(x), 2 * self.config.depth, device=x.device)
         for i, block in enumerate(self.blocks):
-            part = None if noise is None else noise[:, 2 * i:2 * i + 2]
-            first = 2 if i == len(self.blocks) - 1 else None  # of the last block only cls and dist are used further
+            noise = None if drop_noise is None else drop_noise[:, 2 * i:2 * i + 2]
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, part, first, use_reentrant=False)
+                x = checkpoint(block, x, noise, use_reentrant=False)
             else:
-                x = block(x, part, first)
+                x = block(x, noise)
+        return self.pool(x)
+
+    def embed(self, x: Tensor, patch_ids: Tensor | None = None) -> Tensor:
+        """(B, n_mels, frames) -> (B, N, dim), with positions: cls, dist, patches row by row."""
+        self._check_shape(x)
+        x = self.patch_embed(x.unsqueeze(1))  # (B, dim, rows, columns)
+        positions = fit_positions(self.pos_embed, self.config.grid, x.shape[2:])
+        x = x.flatten(2).transpose(1, 2)  # (B, rows * columns, dim)
+        extra = torch.cat([self.cls_token, self.dist_token], dim=1).expand(x.shape[0], -1, -1)
+        x = torch.cat([extra, x], dim=1) + positions
+        if patch_ids is not None:
+            index = patch_ids[:, :, None].expand(-1, -1, x.shape[2])
+            x = torch.cat([x[:, :N_EXTRA_TOKENS], x[:, N_EXTRA_TOKENS:].gather(1, index)], dim=1)
+        return x
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Output of the last block (B, 2, dim) -> (B, dim): mean of the normalised tokens."""
         return self.norm(x).mean(dim=1)
 
-    def _check(self, x):
+    def _check_shape(self, x):
         n_mels, patch = self.config.n_mels, self.config.patch
         if x.dim() != 3 or x.shape[1] != n_mels:
-            swapped = x.dim() == 3 and x.shape[2] == n_mels
-            raise ValueError(f"AST takes (B, {n_mels}, frames), got {tuple(x.shape)}"
-                             + (": the axes are swapped, pass x.transpose(1, 2)" if swapped else ""))
+            message = f"AST takes (B, {n_mels}, frames), got {tuple(x.shape)}"
+            if x.dim() == 3 and x.shape[2] == n_mels:
+                message += ": the axes are swapped, pass x.transpose(1, 2)"
+            raise ValueError(message)
         if x.shape[2] < patch:
-            raise ValueError(f"AST needs at least {patch} frames, got {tuple(x.shape)}: use longer clips")
+            raise ValueError(f"AST needs at least {patch} frames, got {tuple(x.shape)}: "
+                             "use longer clips")
 
-    def _positions(self, rows, columns):
-        """Position embedding (1, 2 + rows * columns, dim) for the real input, from the grid parameter."""
-        return fit_positions(self.pos_embed, self.config.grid, (rows, columns))
-
-    def set_grid(self, columns):
-        """Give the position grid so many columns, where it has others; its values, now zeros, are to be loaded."""
+    def set_grid(self, columns: int) -> None:
+        """Give the position parameter that many columns. New ones are zeros: load values next."""
         if columns != self.config.time_patches:
             self.config = replace(self.config, time_patches=columns)
             rows, columns = self.config.grid
-            self.pos_embed = nn.Parameter(self.pos_embed.new_zeros(1, 2 + rows * columns, self.config.dim))
+            shape = (1, N_EXTRA_TOKENS + rows * columns, self.config.dim)
+            self.pos_embed = nn.Parameter(self.pos_embed.new_zeros(shape))
 
 
-def fit_positions(positions, grid, wanted):
-    """Position embedding (1, 2 + R * C, dim) of a grid (R, C), fitted to a grid `wanted`: (rows, columns)."""
-    if tuple(grid) == tuple(wanted):
+def fit_positions(positions: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """Fit position embeddings (1, 2 + R * C, dim) of a grid (R, C) to a grid `target`."""
+    if tuple(grid) == tuple(target):
         return positions
-    fitted = fit_grid(positions[:, 2:].transpose(1, 2).unflatten(2, grid), *wanted)  # (1, dim, rows, columns)
-    return torch.cat([positions[:, :2], fitted.flatten(2).transpose(1, 2)], dim=1)
+    patches = positions[:, N_EXTRA_TOKENS:].transpose(1, 2).unflatten(2, grid)  # (1, dim, R, C)
+    fitted = fit_grid(patches, *target).flatten(2).transpose(1, 2)
+    return torch.cat([positions[:, :N_EXTRA_TOKENS], fitted], dim=1)
 
 
-def fit_grid(grid, rows, columns):
-    """Fit a position grid (1, dim, R, C) to (1, dim, rows, columns) as the authors do it: cut around the
-    centre where it is too long, interpolate bilinearly where it is too short; time first."""
+def fit_grid(grid: Tensor, rows: int, columns: int) -> Tensor:
+    """Fit a position grid (1, dim, R, C) to (1, dim, rows, columns), as the AST authors do.
+
+    An axis that is too long is cut around its centre. One that is too short is interpolated
+    bilinearly. Time comes first.
+    """
     R, C = grid.shape[2:]
     if columns < C:
-        first = C // 2 - columns // 2
-        grid = grid[..., first:first + columns]
+        start = C // 2 - columns // 2
+        grid = grid[..., start:start + columns]
     elif columns > C:
         grid = F.interpolate(grid.float(), (R, columns), mode="bilinear")
     if rows < R:
-        first = R // 2 - rows // 2
-        grid = grid[:, :, first:first + rows]
+        start = R // 2 - rows // 2
+        grid = grid[:, :, start:start + rows]
     elif rows > R:
         grid = F.interpolate(grid.float(), (rows, columns), mode="bilinear")
     return grid
 
 
-def sincos_grid(rows, columns, dim):
-    """(rows * columns, dim) sines and cosines of the row and of the column (X. Chen et al., "An Empirical
-    Study of Training Self-Supervised Vision Transformers", 2021), the start from random weights."""
+def sincos_grid(rows: int, columns: int, dim: int) -> Tensor:
+    """Initial position embeddings (rows * columns, dim): sines and cosines of row and column.
+
+    X. Chen et al., "An Empirical Study of Training Self-Supervised Vision Transformers", 2021.
+    """
     quarter = max(1, dim // 4)
     rate = 10000.0 ** -(torch.arange(quarter) / quarter)
-    angles = [torch.arange(n, dtype=torch.float32)[:, None] * rate for n in (rows, columns)]
-    row, column = (torch.cat([a.sin(), a.cos()], dim=1) for a in angles)  # (n, 2 * quarter)
-    grid = torch.cat([row[:, None].expand(-1, columns, -1), column[None].expand(rows, -1, -1)], dim=2)
-    return F.pad(grid, (0, max(0, dim - grid.shape[2])))[..., :dim].reshape(rows * columns, dim)
+    row_angle = torch.arange(rows, dtype=torch.float32)[:, None] * rate  # (rows, quarter)
+    column_angle = torch.arange(columns, dtype=torch.float32)[:, None] * rate
+    row = torch.cat([row_angle.sin(), row_angle.cos()], dim=1)  # (rows, 2 * quarter)
+    column = torch.cat([column_angle.sin(), column_angle.cos()], dim=1)
+    row = row[:, None].expand(-1, columns, -1)
+    column = column[None].expand(rows, -1, -1)
+    grid = torch.cat([row, column], dim=2)  # (rows, columns, 4 * quarter)
+    missing = max(0, dim - grid.shape[2])  # if dim is not a multiple of 4
+    return F.pad(grid, (0, missing))[..., :dim].reshape(rows * columns, dim)
 
 
 def _init(module):

@@ -1,39 +1,61 @@
-"""Parameters of an AST -> named optimiser groups, and which of them train."""
+"""Which parameters of an AST train, and with which learning rate and weight decay."""
+import re
+
+from torch import nn
+
+EMBEDDINGS = ("cls_token", "dist_token", "pos_embed")
 
 
-def parameter_groups(model, lr_backbone, lr_head, weight_decay, layer_decay=1.0):
-    """Groups for a torch optimiser: backbone and head, each with and without weight decay.
+def parameter_groups(model: nn.Module, lr_backbone: float, lr_head: float, weight_decay: float,
+                     layer_decay: float = 1.0) -> list[dict]:
+    """Optimizer groups: backbone and head, each with and without weight decay.
 
-    Biases, norms, tokens and positions (everything of one dimension, and the embeddings) are not decayed.
-    layer_decay: each block has so many times the LR of the next one, the last block that share of lr_backbone (which
-    the final norm has), the embeddings the least (H. Bao et al., "BEiT", 2021); the groups are then
-    backbone_layer00 (the embeddings) and so on.
-    Each trainable parameter is in exactly one group; a frozen one (requires_grad False) is in none.
-    Returns a list of {"name", "params", "lr", "weight_decay"}, empty groups left out.
+    Returns a list of {"name", "params", "lr", "weight_decay"} without empty groups. Each trainable
+    parameter is in exactly one group, a frozen one (requires_grad False) in none. Biases, norms,
+    tokens and positions are not decayed.
+
+    layer_decay: ratio of the learning rates of a block and the next (H. Bao et al., "BEiT", 2021).
+        The final norm has lr_backbone, the last block layer_decay times that, and so on down to the
+        embeddings. The groups are then backbone_layer00 (the embeddings), backbone_layer01, ...
     """
     groups = {}
+    last_layer = model.config.depth + 1
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part, lr = ("head", lr_head) if name.startswith("head.") else ("backbone", lr_backbone)
         layer = _layer(name, model.config.depth)
-        if layer_decay != 1 and part == "backbone" and layer <= model.config.depth:
-            part, lr = f"backbone_layer{layer:02d}", lr * layer_decay ** (model.config.depth + 1 - layer)
-        decayed = parameter.dim() > 1 and name not in ("cls_token", "dist_token", "pos_embed")
-        key = part if decayed else f"{part}_no_decay"
-        group = groups.setdefault(key, {"name": key, "params": [], "lr": lr, "weight_decay": weight_decay if decayed else 0.0})
+        if _is_head(name):
+            key, lr = "head", lr_head
+        elif layer_decay == 1 or layer == last_layer:
+            key, lr = "backbone", lr_backbone
+        else:
+            key = f"backbone_layer{layer:02d}"
+            lr = lr_backbone * layer_decay ** (last_layer - layer)
+        decay = weight_decay
+        if parameter.dim() <= 1 or name in EMBEDDINGS:
+            key, decay = f"{key}_no_decay", 0.0
+        group = groups.setdefault(key, {"name": key, "params": [], "lr": lr, "weight_decay": decay})
         group["params"].append(parameter)
     return list(groups.values())
 
 
-def _layer(name, depth):
-    """0 for the embeddings, 1 to depth for the blocks, depth + 1 for what comes after."""
-    if name.startswith("blocks."):
-        return int(name.split(".")[1]) + 1
-    return 0 if name in ("cls_token", "dist_token", "pos_embed") or name.startswith("patch_embed.") else depth + 1
+def freeze_backbone(model: nn.Module, frozen: bool) -> None:
+    """Train the head alone if `frozen`, else all parameters.
 
-
-def freeze_backbone(model, frozen):
-    """Let only the head train, or all again; the optimiser leaves what has no gradient alone."""
+    Optimizers skip parameters without a gradient, so the groups need not change.
+    """
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not frozen or name.startswith("head."))
+        parameter.requires_grad_(_is_head(name) or not frozen)
+
+
+def _is_head(name):
+    return name.startswith("head.")
+
+
+def _layer(name, depth):
+    """0 for the embeddings, 1 to depth for the blocks, depth + 1 for the rest."""
+    if block := re.match(r"blocks\.(\d+)\.", name):
+        return int(block[1]) + 1
+    if name in EMBEDDINGS or name.startswith("patch_embed."):
+        return 0
+    return depth + 1

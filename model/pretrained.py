@@ -1,20 +1,26 @@
-"""Weights from elsewhere into an AST, every tensor accounted for; never a random fallback.
+"""Load pretrained weights into an AST. Every tensor is accounted for; nothing stays random silently.
 
-Sources: the AudioSet weights by name (pinned revision and sha256), timm's distilled DeiT by name, or a
-file: the authors' `.pth`, the hub's safetensors (or its folder, such as `export.py --to hf` writes), a checkpoint of
-this program. `to_hub` goes the other way, by the same map of names.
+Sources: the AudioSet weights by name (pinned revision and SHA-256), timm's distilled DeiT by name, or a
+file: the AST authors' `.pth`, the Hugging Face hub's safetensors (or a folder with them, as
+`export.py --to hf` writes it), or a checkpoint of this program. `to_hub` converts the other way.
 """
 import hashlib
 import json
 import pickle
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from .ast import fit_positions
+from util import InputError, sha256_of, summarize
+
+from .ast import AST, ASTConfig, N_EXTRA_TOKENS, fit_positions
+from .frontend import FrontendConfig
 
 AUDIOSET = {
     "repo_id": "MIT/ast-finetuned-audioset-10-10-0.4593",
@@ -23,215 +29,265 @@ AUDIOSET = {
     "size": 346_404_948,
     "sha256": "ae0c1e2ad4e1381d851fa9bf298ba13ebc9c5a914cdee2dbe427a6583869924d",
 }
-IMAGENET = {  # the DeiT of each dim that the authors started from
+IMAGENET = {  # the DeiT of each dim that the AST authors started from
     192: "deit_tiny_distilled_patch16_224",
     384: "deit_small_distilled_patch16_224",
     768: "deit_base_distilled_patch16_384",
 }
 NAMES = ("audioset", "imagenet")
+SIZES = {(768, 12): "base", (384, 12): "small", (192, 12): "tiny"}  # by (dim, depth)
 
 
-class WeightsError(ValueError):
-    """Weights that cannot be had or do not fit: one line that names the file, what is wrong, the mend."""
+class WeightsError(InputError):
+    """Weights that cannot be loaded: one line that names the source, the problem and how to fix it."""
 
 
 @dataclass
 class LoadReport:
-    """What became of every tensor of the source and of the model."""
+    """What happened to every tensor of the source and of the model."""
     source: str
     sha256: str
-    loaded: list = field(default_factory=list)  # model parameters taken as they are
-    fitted: dict = field(default_factory=dict)  # model parameter -> how its shape was fitted
-    columns: int = 0  # of the model's position grid, now the source's
-    reinitialised: dict = field(default_factory=dict)  # model parameter -> why
-    unused: dict = field(default_factory=dict)  # source tensor -> why
-    frontend: dict | None = None  # FrontendConfig the weights were trained with, where the source says
+    columns: int  # of the model's position parameter, after loading
+    loaded: list[str] = field(default_factory=list)  # model parameters taken unchanged
+    fitted: dict[str, str] = field(default_factory=dict)  # model parameter -> how it was changed
+    reinitialised: dict[str, str] = field(default_factory=dict)  # model parameter -> why
+    unused: dict[str, str] = field(default_factory=dict)  # source tensor -> why
+    frontend_change: str = ""  # how the model's front end differs from the source's, if known
 
-    def lines(self):
-        count = f"{len(self.loaded) + len(self.fitted)} tensors loaded"
-        out = [f"weights: {self.source} (sha256 {self.sha256[:12]}), {count}"]
-        for title, what in (("fitted", self.fitted), ("new", self.reinitialised), ("unused", self.unused)):
-            reasons = {}
-            for key, why in what.items():
-                reasons.setdefault(why, []).append(key)
-            for why, keys in reasons.items():
-                shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-                out.append(f"  {title}: {shown} ({why})")
-        return out
+    def lines(self) -> list[str]:
+        """The report in words, one line per source and reason."""
+        n_loaded = len(self.loaded) + len(self.fitted)
+        lines = [f"weights: {self.source} (sha256 {self.sha256[:12]}), {n_loaded} tensors loaded"]
+        parts = {"fitted": self.fitted, "new": self.reinitialised, "unused": self.unused}
+        for title, reasons in parts.items():
+            for reason in dict.fromkeys(reasons.values()):
+                names = [name for name, why in reasons.items() if why == reason]
+                lines.append(f"  {title}: {summarize(names, most=3)} ({reason})")
+        if self.frontend_change:
+            lines.append(f"  front end: not the one of the weights: {self.frontend_change}")
+        return lines
 
 
-def load_pretrained(model, path_or_name, keep_head=False, own_reader=None):
-    """Load weights into `model` (an AST) in place and return a LoadReport.
+@dataclass
+class _Source:
+    """Weights as they were read."""
+    name: str  # for messages
+    tensors: dict[str, Tensor]  # by the source's own names
+    sha256: str
+    frontend: Any = None  # fields of the FrontendConfig that the weights were trained with, if known
+    hub_config: dict = field(default_factory=dict)  # the config.json of a hub folder
 
-    path_or_name: "audioset", "imagenet", or a file (or hub folder). keep_head also takes the classifier,
-    whose classes must then be as many as the model's. own_reader(path): reads a checkpoint of this program,
-    with its checks; without it the weights are taken as they are. The model's position grid gets as many columns as that
-    of another AST; an image model's is fitted to it. Raises WeightsError for anything that is missing,
-    left over without a known reason, of the wrong shape, or not finite; the model is then untouched.
+
+def load_pretrained(model: AST, path_or_name: str | Path, keep_head: bool = False,
+                    own_reader: Callable[[Path], dict] | None = None,
+                    frontend: FrontendConfig | None = None) -> LoadReport:
+    """Load weights into `model` in place.
+
+    path_or_name: "audioset", "imagenet", a file, or a hub folder.
+    keep_head: load the classifier, too. It must have as many classes as the model.
+    own_reader: reads and checks a checkpoint of this program. Default: no checks.
+    frontend: the model's front end. The report says how it differs from the weights' one, if known.
+
+    The model's position parameter takes the grid of another AST; an image model's grid is fitted to it.
+    Raises WeightsError if a tensor is missing, unexpected, of the wrong shape or not finite. The model
+    is then unchanged.
     """
-    source, tensors, digest, frontend, hub_config = _read(model.config, str(path_or_name), own_reader)
-    report = LoadReport(source, digest, columns=model.config.time_patches, frontend=frontend)
-    tensors = _to_our_names(tensors, source, report)
+    source = _read(model.config, str(path_or_name), own_reader)
+    report = LoadReport(source.name, source.sha256, columns=model.config.time_patches)
+    if frontend is not None:
+        report.frontend_change = _frontend_change(source.frontend, frontend)
+    tensors = _to_our_names(source, report)
+    _check_geometry(model.config, tensors, source)
     state = model.state_dict()
     new = {}
-    _check_geometry(model.config, tensors, source, hub_config)
     for key, own in state.items():
         if key.startswith("head.") and not keep_head:
             report.reinitialised[key] = "new classes"
         elif key not in tensors:
-            raise WeightsError(f"--weights {source}: no tensor for {key}; it is not a whole AST")
+            raise WeightsError(f"--weights {source.name}: no tensor for {key}; it is not a whole AST")
         else:
-            new[key] = _fit(key, tensors, own, model.config, report, source)
-    for key in tensors.keys() - state.keys():
-        raise WeightsError(f"--weights {source}: unexpected tensor {key}; it is not an AST that this program knows")
-    for key in tensors.keys() & report.reinitialised.keys():
-        report.unused[key] = "the source's own classifier"
+            new[key] = _fit(key, tensors, own, model.config, report)
+    for key in tensors:
+        if key not in state:
+            raise WeightsError(f"--weights {source.name}: unexpected tensor {key}; use the weights of "
+                               "an AST")
+        if key in report.reinitialised:
+            report.unused[key] = "the source's own classifier"
     for key, value in new.items():
         if not torch.isfinite(value).all():
-            raise WeightsError(f"--weights {source}: {key} has values that are not finite; the file is damaged")
+            raise WeightsError(f"--weights {source.name}: {key} has values that are not finite; "
+                               "the file is damaged, use another copy")
     model.set_grid(report.columns)
     model.load_state_dict(new, strict=False)
     return report
 
 
-def _check_geometry(config, tensors, source, hub_config):
-    """One clear line for the commonest mistake, weights of another size, before any shape error, and for what no shape
-    shows."""
-    depth = 1 + max((int(m[1]) for key in tensors if (m := re.match(r"blocks\.(\d+)\.", key))), default=-1)
-    dim = tensors["norm.weight"].numel() if "norm.weight" in tensors else 0
-    if depth and dim and (dim, depth) != (config.dim, config.depth):
-        size = {(768, 12): "base", (384, 12): "small", (192, 12): "tiny"}.get((dim, depth))
-        mend = f"use --size {size}" if size else "give the --dim, --depth and --heads that the weights were made with"
-        raise WeightsError(f"--weights {source}: dim {dim} and depth {depth}, but the model has dim {config.dim} "
-                           f"and depth {config.depth}; {mend}")
+def _frontend_change(theirs, own):
+    """"kind fbank, now logmel; ..." for all settings that differ, "" if none does or it is unknown."""
+    if not isinstance(theirs, dict):
+        return ""
+    changes = [f"{name} {theirs[name]!s:.20}, now {value}" for name, value in own.to_dict().items()
+               if name in theirs and theirs[name] != value]
+    return "; ".join(changes)
+
+
+def _check_geometry(config, tensors, source):
+    """Explain the commonest mistake, weights of another size, and find what no shape shows."""
+    blocks = [int(match[1]) for key in tensors if (match := re.match(r"blocks\.(\d+)\.", key))]
+    if blocks and "norm.weight" in tensors:
+        dim, depth = tensors["norm.weight"].numel(), 1 + max(blocks)
+        if dim and (dim, depth) != (config.dim, config.depth):
+            fix = "give the --dim, --depth and --heads that the weights were made with"
+            if (dim, depth) in SIZES:
+                fix = f"use --size {SIZES[dim, depth]}"
+            raise WeightsError(f"--weights {source.name}: dim {dim} and depth {depth}, but the model "
+                               f"has dim {config.dim} and depth {config.depth}; {fix}")
     for theirs, ours in _HUB_CONFIG.items():
-        value, own = hub_config.get(theirs, getattr(config, ours)), getattr(config, ours)
+        own = getattr(config, ours)
+        value = source.hub_config.get(theirs, own)
         if value not in (own, [own, own]):
-            mend = f"use --heads {value}" if theirs == "num_attention_heads" and type(value) is int else "use other weights"
-            raise WeightsError(f"--weights {source}: its {theirs} is {value!r:.40}, the model's is {own}; {mend}")
+            fix = "use other weights"
+            if theirs == "num_attention_heads" and type(value) is int:
+                fix = f"use --heads {value}"
+            raise WeightsError(f"--weights {source.name}: its {theirs} is {value!r:.40}, the model's "
+                               f"is {own}; {fix}")
 
 
-def _fit(key, tensors, own, config, report, source):
+def _fit(key, tensors, own, config, report):
+    """The source's value for the parameter `key`, whose own value is `own`; notes it in the report."""
     value, kernel = tensors[key].float(), tensors.get("patch_embed.weight")
-    image = kernel is not None and kernel.dim() == 4 and kernel.shape[1] == 3
-    if key == "pos_embed" and value.dim() == 3 and value.shape != own.shape and value.shape[2] == own.shape[2]:
-        patches, (rows, columns) = value.shape[1] - 2, config.grid
-        side = round(max(0, patches) ** 0.5)
-        if image and side * side == patches > 0:
+    is_image = kernel is not None and kernel.dim() == 4 and kernel.shape[1] == 3
+    if key == "pos_embed" and value.dim() == 3 and value.shape[2] == own.shape[2]:
+        n_patches, (rows, columns) = value.shape[1] - N_EXTRA_TOKENS, config.grid
+        side = round(max(0, n_patches) ** 0.5)
+        if value.shape == own.shape or n_patches <= 0:
+            pass  # taken unchanged, or refused for its shape, below
+        elif is_image and side * side == n_patches:
             report.fitted[key] = f"grid {side}x{side} to {rows}x{columns}"
             return fit_positions(value, (side, side), config.grid)
-        if patches > 0 and patches % rows == 0:
-            report.columns = patches // rows
-            report.fitted[key] = f"the weights' own grid {rows}x{report.columns}, not {rows}x{columns}; fitted to the input's length"
+        elif n_patches % rows == 0:
+            report.columns = n_patches // rows
+            report.fitted[key] = (f"the weights' own grid {rows}x{report.columns}, not "
+                                  f"{rows}x{columns}; fitted to the input's length")
             return value
-    if key == "patch_embed.weight" and image:
+    if key == "patch_embed.weight" and is_image:
         report.fitted[key] = "RGB kernel summed to one channel"
         return value.sum(dim=1, keepdim=True)
     if value.shape != own.shape:
         hint = "; leave the head out or match the classes" if key.startswith("head.") else ""
-        raise WeightsError(f"--weights {source}: {key} is {tuple(value.shape)}, the model's is {tuple(own.shape)}{hint}")
+        raise WeightsError(f"--weights {report.source}: {key} is {tuple(value.shape)}, the model's "
+                           f"is {tuple(own.shape)}{hint}")
     report.loaded.append(key)
     return value
 
 
-# --- where the tensors come from ---
+# --- read the source ---
 
 def _read(config, name, own_reader):
-    """-> (name to print, tensors by their names in the source, sha256, front end or None, what a hub folder's config says)"""
     if name == "imagenet":
-        return *_imagenet(config), {}
-    path, hub_config = _audioset_file() if name == "audioset" else Path(name), {}
+        return _imagenet(config)
+    path = _audioset_file() if name == "audioset" else Path(name)
+    hub_config = {}
     if path.is_dir():
-        path, hub_config = path / "model.safetensors", _hub_config(path / "config.json", name)
+        hub_config = _hub_config(path / "config.json", name)
+        path = path / "model.safetensors"
         if not path.is_file():
-            raise WeightsError(f"--weights {name}: a folder without model.safetensors; give one that export.py --to hf wrote, "
-                               "or the path of a .pth, .safetensors or .pt file")
+            raise WeightsError(f"--weights {name}: a folder without model.safetensors; give one that "
+                               "export.py --to hf wrote, or the path of a .pth, .safetensors or .pt "
+                               "file")
     if not path.is_file():
-        raise WeightsError(f"--weights {name}: no such file; give {', '.join(NAMES)}, none, or the path of a "
-                           ".pth, .safetensors or .pt file")
+        raise WeightsError(f"--weights {name}: no such file; give {', '.join(NAMES)}, none, or the "
+                           "path of a .pth, .safetensors or .pt file")
     tensors, frontend = _load_file(path, name, own_reader)
-    if name == "audioset":
-        digest = AUDIOSET["sha256"]
-    else:
-        digest = _sha256(path)
-    return name, tensors, digest, frontend, hub_config
+    digest = AUDIOSET["sha256"] if name == "audioset" else sha256_of(path)
+    if digest == AUDIOSET["sha256"]:
+        frontend = FrontendConfig.of("fbank").to_dict()
+    return _Source(name, tensors, digest, frontend, hub_config)
 
 
 def _hub_config(path, name):
-    """What the config.json of a hub folder says; {} where there is none."""
+    """The content of a hub folder's config.json, {} if there is none."""
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"--weights {name}: its config.json cannot be read ({type(error).__name__}); mend it or use other "
-                           "weights") from None
-    return found if isinstance(found, dict) else {}
+        raise WeightsError(f"--weights {name}: its config.json cannot be read "
+                           f"({type(error).__name__}); repair it or use other weights") from None
+    return config if isinstance(config, dict) else {}
 
 
 def _load_file(path, name, own_reader):
+    """-> (tensors by their names in the file, fields of the FrontendConfig or None)"""
     with open(path, "rb") as file:
-        head = file.read(9)
+        start = file.read(9)
     try:
-        if head[8:9] == b"{":  # safetensors: 8 bytes of length, then JSON
+        if start[8:9] == b"{":  # safetensors: 8 bytes of length, then JSON
             from safetensors.torch import load_file
             return load_file(path), None
-        with warnings.catch_warnings(action="ignore"):  # of TorchScript in the zip, before the error
+        with warnings.catch_warnings(action="ignore"):  # a TorchScript archive warns, then fails
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise WeightsError(f"--weights {name}: holds pickled Python objects, which are never run; convert it to "
-                           ".safetensors, or save its state_dict alone") from None
-    except Exception as error:  # the readers raise what they like on damaged bytes
+        raise WeightsError(f"--weights {name}: contains pickled Python objects, which are never run; "
+                           "convert it to .safetensors, or save its state_dict alone") from None
+    except Exception as error:  # the readers raise many types for damaged files
+        reason = " ".join(str(error).split())[:120]
         raise WeightsError(f"--weights {name}: cannot be read, it is damaged or of another format "
-                           f"({' '.join(str(error).split())[:120]})") from None
+                           f"({reason})") from None
     frontend = None
     if isinstance(state, dict) and state.get("format") == "warble":
-        state = own_reader(path) if own_reader else state
-        frontend, state = state.get("frontend"), state.get("ema") or state.get("model")
+        if own_reader:
+            state = own_reader(path)
+        frontend = state.get("frontend")
+        state = state.get("ema") or state.get("model")
     elif isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
-    if not isinstance(state, dict) or not state or not all(isinstance(key, str) and torch.is_tensor(value)
-                                                           for key, value in state.items()):
-        raise WeightsError(f"--weights {name}: not a state dict; save model.state_dict() with torch.save")
+    if not _is_state_dict(state):
+        raise WeightsError(f"--weights {name}: not a state dict; save model.state_dict() with "
+                           "torch.save")
     return state, frontend
 
 
+def _is_state_dict(state):
+    if not isinstance(state, dict) or not state:
+        return False
+    return all(isinstance(key, str) and torch.is_tensor(value) for key, value in state.items())
+
+
 def _audioset_file():
-    """The pinned AudioSet file from huggingface_hub's cache, fetched where need be and checked."""
+    """Path of the pinned AudioSet file in huggingface_hub's cache, downloaded if needed, checked."""
     from huggingface_hub import hf_hub_download
-    url = f"https://huggingface.co/{AUDIOSET['repo_id']}/resolve/{AUDIOSET['revision']}/{AUDIOSET['filename']}"
+    repo, revision, filename = AUDIOSET["repo_id"], AUDIOSET["revision"], AUDIOSET["filename"]
     try:
-        path = Path(hf_hub_download(AUDIOSET["repo_id"], AUDIOSET["filename"], revision=AUDIOSET["revision"]))
-    except Exception as error:  # offline, refused, proxy, disk full: the mend is the same
-        raise WeightsError(f"--weights audioset: the file cannot be fetched ({type(error).__name__}); download {url} "
-                           "with any machine and give its path to --weights, or start from --weights none") from None
-    if path.stat().st_size != AUDIOSET["size"] or _sha256(path) != AUDIOSET["sha256"]:
-        raise WeightsError(f"--weights audioset: {path} is not the published file (sha256 differs); delete it and "
-                           "run again")
+        path = Path(hf_hub_download(repo, filename, revision=revision))
+    except Exception as error:  # offline, refused, proxy, disk full: the fix is the same
+        url = f"https://huggingface.co/{repo}/resolve/{revision}/{filename}"
+        raise WeightsError(f"--weights audioset: the file cannot be fetched "
+                           f"({type(error).__name__}); download {url} with any machine and give its "
+                           "path to --weights, or start from --weights none") from None
+    if path.stat().st_size != AUDIOSET["size"] or sha256_of(path) != AUDIOSET["sha256"]:
+        raise WeightsError(f"--weights audioset: {path} is not the published file (sha256 differs); "
+                           "delete it and run again")
     return path
 
 
 def _imagenet(config):
     name = IMAGENET.get(config.dim)
     if name is None or config.depth != 12:
-        raise WeightsError(f"--weights imagenet: there is no distilled DeiT of dim {config.dim} and depth "
-                           f"{config.depth}; use --size tiny, small or base")
+        raise WeightsError(f"--weights imagenet: there is no distilled DeiT of dim {config.dim} and "
+                           f"depth {config.depth}; use --size tiny, small or base")
     import timm
     try:
         tensors = timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:
-        raise WeightsError(f"--weights imagenet: {name} cannot be fetched ({type(error).__name__}); on a machine with "
-                           f"a network run `python -c \"import timm; timm.create_model('{name}', pretrained=True)\"` "
+        raise WeightsError(f"--weights imagenet: {name} cannot be fetched ({type(error).__name__}); "
+                           "on a machine with a network run "
+                           f"`python -c \"import timm; timm.create_model('{name}', pretrained=True)\"` "
                            "and copy its cache, or start from --weights none") from None
     digest = hashlib.sha256()
     for key in sorted(tensors):
         digest.update(key.encode() + tensors[key].contiguous().numpy().tobytes())
-    return f"imagenet ({name})", tensors, digest.hexdigest(), None
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return _Source(f"imagenet ({name})", tensors, digest.hexdigest())
 
 
 # --- names of the tensors ---
@@ -250,69 +306,85 @@ _HUB_OTHER = {
     "classifier.layernorm.weight": "head.0.weight", "classifier.layernorm.bias": "head.0.bias",
     "classifier.dense.weight": "head.1.weight", "classifier.dense.bias": "head.1.bias",
 }
-_HUB_CONFIG = {  # what no shape of a tensor shows
-    "num_attention_heads": "heads", "num_mel_bins": "n_mels", "patch_size": "patch", "frequency_stride": "stride",
-    "time_stride": "stride",
+_HUB_CONFIG = {  # settings that no tensor's shape shows: the hub's name -> ASTConfig's
+    "num_attention_heads": "heads", "num_mel_bins": "n_mels", "patch_size": "patch",
+    "frequency_stride": "stride", "time_stride": "stride",
 }
 
 
-def _to_our_names(tensors, source, report):
-    """Rename the tensors of any known format to this model's parameter names."""
-    tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in tensors.items()}
+def _to_our_names(source, report):
+    """The source's tensors by this model's parameter names, whichever known format they are in."""
+    tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value
+               for key, value in source.tensors.items()}
     if any(key.startswith(_HUB) for key in tensors):
-        return _from_hub(tensors, source)
-    out = {}
+        return _from_hub(tensors, source.name)
+    renamed = {}
     for key, value in tensors.items():
         if re.match(r"(v\.)?head(_dist)?\.(weight|bias)$", key):
             report.unused[key] = "image classifier that AST does not use"
             continue
-        key = key.removeprefix("v.").replace("patch_embed.proj.", "patch_embed.").replace("mlp_head.", "head.")
-        out[key] = value
-    return out
+        key = key.removeprefix("v.").replace("patch_embed.proj.", "patch_embed.")
+        renamed[key.replace("mlp_head.", "head.")] = value
+    return renamed
 
 
-def _from_hub(tensors, source):
-    out, qkv = {}, {}
+def _from_hub(tensors, name):
+    renamed, qkv = {}, {}
     for key, value in tensors.items():
         short = key.removeprefix(_HUB)
         layer = re.match(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)$", short)
-        if layer and (part := re.match(r"attention\.attention\.(query|key|value)$", layer[2])):
-            qkv.setdefault(f"blocks.{layer[1]}.attn.qkv.{layer[3]}", {})[part[1]] = value
+        attention = layer and re.match(r"attention\.attention\.(query|key|value)$", layer[2])
+        if attention:
+            joined = f"blocks.{layer[1]}.attn.qkv.{layer[3]}"
+            qkv.setdefault(joined, {})[attention[1]] = value
         elif layer and layer[2] in _HUB_LAYER:
-            out[f"blocks.{layer[1]}.{_HUB_LAYER[layer[2]]}.{layer[3]}"] = value
+            renamed[f"blocks.{layer[1]}.{_HUB_LAYER[layer[2]]}.{layer[3]}"] = value
         elif short in _HUB_OTHER:
-            out[_HUB_OTHER[short]] = value
+            renamed[_HUB_OTHER[short]] = value
         else:
-            raise WeightsError(f"--weights {source}: unexpected tensor {key}; it is not the hub's AST")
+            raise WeightsError(f"--weights {name}: unexpected tensor {key}; use the weights of the "
+                               "hub's AST")
     for key, parts in qkv.items():
         if parts.keys() != {"query", "key", "value"}:
-            raise WeightsError(f"--weights {source}: {key} needs query, key and value, found {sorted(parts)}")
-        out[key] = torch.cat([parts["query"], parts["key"], parts["value"]])
-    return out
+            raise WeightsError(f"--weights {name}: {key} needs query, key and value, "
+                               f"found {sorted(parts)}")
+        renamed[key] = torch.cat([parts["query"], parts["key"], parts["value"]])
+    return renamed
 
 
-def to_hub(weights, config, frames):
-    """The weights of an AST (by their names here) as transformers' ASTForAudioClassification has them -> (the geometry for
-    its config.json, tensors by its names). Its position grid is of the one length `frames`, ours is fitted to that.
+def to_hub(weights: dict[str, Tensor], config: ASTConfig, frames: int) -> tuple[dict, dict]:
+    """Convert an AST's weights for transformers' ASTForAudioClassification.
 
-    It has one eps for all norms, here the blocks' 1e-6; in the head's, the authors' 1e-5, the difference is of the order of
-    1e-5 of a logit.
+    weights: by their names here. frames: the one input length of the hub's model; the position grid is
+    fitted to it. Returns (the geometry for its config.json, tensors by its names).
+
+    The hub's model has one eps for all norms, here the blocks' 1e-6. The head's is 1e-5, as the AST
+    authors have it; the difference is about 1e-5 of a logit.
     """
-    layer, other = ({ours: theirs for theirs, ours in names.items()} for names in (_HUB_LAYER, _HUB_OTHER))
+    hub_layer = {ours: theirs for theirs, ours in _HUB_LAYER.items()}
+    hub_other = {ours: theirs for theirs, ours in _HUB_OTHER.items()}
     tensors = {}
     for key, value in weights.items():
         block = re.match(r"blocks\.(\d+)\.(.+)\.(weight|bias)$", key)
         if key == "pos_embed":
             value = fit_positions(value, config.grid, config.patches(frames))
-        if block and block[2] == "attn.qkv":
-            for part, split in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                tensors[f"{_HUB}encoder.layer.{block[1]}.attention.attention.{part}.{block[3]}"] = split
+        if block:
+            number, layer, kind = block.groups()
+            prefix = f"{_HUB}encoder.layer.{number}"
+        if block and layer == "attn.qkv":
+            for part, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                tensors[f"{prefix}.attention.attention.{part}.{kind}"] = third
         elif block:
-            tensors[f"{_HUB}encoder.layer.{block[1]}.{layer[block[2]]}.{block[3]}"] = value
+            tensors[f"{prefix}.{hub_layer[layer]}.{kind}"] = value
         else:
-            tensors[("" if key.startswith("head.") else _HUB) + other[key]] = value
-    geometry = {"hidden_size": config.dim, "num_hidden_layers": config.depth,
-                "intermediate_size": int(config.dim * config.mlp_ratio), "hidden_act": "gelu", "qkv_bias": True,
-                "layer_norm_eps": 1e-6, "max_length": frames,
-                **{theirs: getattr(config, ours) for theirs, ours in _HUB_CONFIG.items()}}
-    return geometry, {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+            prefix = "" if key.startswith("head.") else _HUB
+            tensors[prefix + hub_other[key]] = value
+    geometry = {
+        "hidden_size": config.dim, "num_hidden_layers": config.depth,
+        "intermediate_size": int(config.dim * config.mlp_ratio), "hidden_act": "gelu",
+        "qkv_bias": True, "layer_norm_eps": 1e-6, "max_length": frames,
+        **{theirs: getattr(config, ours) for theirs, ours in _HUB_CONFIG.items()},
+    }
+    # copies, since safetensors refuses tensors that share memory
+    return geometry, {key: value.clone(memory_format=torch.contiguous_format)
+                      for key, value in tensors.items()}

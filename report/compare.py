@@ -1,155 +1,184 @@
-"""Two runs side by side: python -m report.compare runs/a runs/b [OUT]
+"""Compare two runs: python -m report.compare runs/a runs/b [OUT]
 
-Prints the settings that differ and the test figures with the paired bootstrap interval of their difference, over the
-test clips that both runs have scored, and draws both runs' curves into compare.png (in OUT, or here).
+Prints the settings that differ and the test metrics with the paired bootstrap interval of their
+difference, over the test clips that both runs have scored. Draws both runs' curves into
+compare.png (in the folder OUT, or here).
 """
-import csv
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from metrics import METRICS, metrics_for, resample_counts
+from metrics.classification import Outcome, WeightedCounts
+from util import InputError
+
+from .run_files import load_scores, read_columns, read_rows
 from .style import COLOURS, picture
 
-FIGURES = ("accuracy", "macro_f1")
-UNLIKE = {"run_dir", "resume", "cache_dir"}  # flags that differ in any two runs
+IGNORED_FLAGS = {"run_dir", "resume", "cache_dir"}  # they differ between any two runs
+SETTINGS = ("weights", "split_sha256", "commit", "device_name", "precision")
+PANELS = {  # title -> [(column of history.csv, line style)]
+    "loss": (("train_loss", "--"), ("val_loss", "-")),
+    "accuracy": (("train_acc", "--"), ("val_acc", "-")),
+    "macro F1": (("val_macro_f1", "-"),)}
 
 
-class CompareError(ValueError):
-    """A run that cannot be compared: one line with the mend."""
+class CompareError(InputError):
+    """Two runs that cannot be compared."""
 
 
-def compare(one, other, out, n_boot=2000, seed=0):
-    """Compare two run folders -> lines for a person, and draw `out`. Raises CompareError."""
-    runs = [_read(Path(folder)) for folder in (one, other)]
-    names = _names(one, other)
-    lines = [f"a = {one}", f"b = {other}", "", "settings that differ:"]
-    flags = [run["flags"] for run in runs]
-    differ = [name for name in {**flags[0], **flags[1]} if flags[0].get(name) != flags[1].get(name) and name not in UNLIKE]
-    lines += [f"  {name:<18} {flags[0].get(name)!s:<24} {flags[1].get(name)!s}" for name in differ] or ["  none"]
-    for key in ("weights", "split_sha256", "commit", "device_name", "precision"):
-        if runs[0].get(key) != runs[1].get(key):
-            lines.append(f"  {key:<18} {str(runs[0].get(key))[:22]:<24} {str(runs[1].get(key))[:22]}")
-    lines += ["", *_figures(runs, n_boot, seed)]
-    _draw(runs, names, out)
+def compare(a: str | Path, b: str | Path, out: Path, n_boot: int = 2000, seed: int = 0
+            ) -> list[str]:
+    """Compare two run folders: draw `out` and return lines for a person. Raises CompareError."""
+    runs = [_read(Path(folder)) for folder in (a, b)]
+    lines = [f"a = {a}", f"b = {b}", "", "settings that differ:", *_differences(*runs),
+             "", *_metric_lines(*runs, n_boot, seed)]
+    _draw(runs, _names(a, b), out)
     return [*lines, "", f"written: {out}"]
 
 
-def _names(*folders):
-    """The folders' own names, or with their parents' where these are equal."""
-    names = [Path(folder).resolve() for folder in folders]
-    return [name.name if len({n.name for n in names}) == len(names) else f"{name.parent.name}/{name.name}" for name in names]
-
-
 def _read(folder):
-    """run.json with its history {column: (epochs,)} and its test predictions {(path, start): (label, prediction)}."""
+    """run.json with "history", {column: (epochs,)}, and "test", the test results.
+
+    "test" is {"index": {(path, start): row}, "text": labels as in predictions.csv, and the arrays
+    of scores.npz}.
+    """
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        with open(folder / "history.csv", newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        run["history"] = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]} if rows else {}
-        with open(folder / "test" / "predictions.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            run["test"] = {(row["path"], row["start"]): (row["label"], row["prediction"]) for row in csv.DictReader(file)}
-        if run.get("multi_label"):
-            with np.load(folder / "test" / "scores.npz") as file:
-                run["several"] = [file[name] for name in ("labels", "scores", "said")]  # (n, classes) each
-                if {part.shape for part in run["several"]} != {(len(run["test"]), len(run["classes"]))}:
-                    raise ValueError("scores.npz is not of its predictions")
+        run["history"] = read_columns(folder / "history.csv")
+        run["test"] = load_scores(folder / "test")
+        clips = read_rows(folder / "test" / "predictions.csv")
+        run["test"]["index"] = {(clip["path"], clip["start"]): i for i, clip in enumerate(clips)}
+        run["test"]["text"] = [clip["label"] for clip in clips]
+        if not len(clips) == len(run["test"]["scores"]) == len(run["test"]["labels"]):
+            raise ValueError("scores.npz does not fit predictions.csv")
+        return run
     except FileNotFoundError as error:
-        raise CompareError(f"{error.filename}: not there; give the folders of two finished runs") from None
+        raise CompareError(
+            f"{error.filename}: missing; give the folders of two finished runs") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CompareError(f"{folder}: not a run of this program ({type(error).__name__}: {error})") from None
-    return run
+        raise CompareError(f"{folder}: not a finished run of this program "
+                           f"({type(error).__name__}: {error})") from None
 
 
-def _figures(runs, n_boot, seed):
-    """Lines with each figure of both runs and of their difference, over the clips that both have."""
-    both = [clip for clip in runs[0]["test"] if clip in runs[1]["test"]]
-    if not both:
-        return ["no test clip is in both runs: nothing to compare"]
-    lines = [f"test, {len(both)} clips that both have scored" + "".join(
-        f", {len(run['test']) - len(both)} only in {name}" for run, name in zip(runs, "ab", strict=True)
-        if len(run["test"]) > len(both))]
-    if any(runs[0]["test"][clip][0] != runs[1]["test"][clip][0] for clip in both):
-        raise CompareError("the runs give one clip two labels: they are of different data")
-    several = ["several" in run for run in runs]
-    if any(several) and (not all(several) or runs[0]["classes"] != runs[1]["classes"]):
-        raise CompareError("clips have several labels in one run alone, or the runs know different classes: compare runs of one kind")
-    classes = {name: i for i, name in enumerate(sorted({name for run in runs for clip in both for name in run["test"][clip]}))}
-    labels = np.array([classes[runs[0]["test"][clip][0]] for clip in both])
-    guesses = [np.array([classes[run["test"][clip][1]] for clip in both]) for run in runs]
-    rights = [guess == labels for guess in guesses]
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(0, len(both), (n_boot, len(both)))
-    if all(several):
-        rights, found = _of_several(runs, both, draws)
-    else:
-        found = [[(figure(labels, guess), np.array([figure(labels[i], guess[i]) for i in draws])) for guess in guesses]
-                 for figure in (_accuracy, _macro_f1)]
-    for name, ((a, drawn_a), (b, drawn_b)) in zip(FIGURES, found, strict=True):
-        differences = drawn_b - drawn_a
-        low, high = np.percentile(differences, (2.5, 97.5))
-        verdict = "" if low <= 0 <= high else "  (b is better)" if low > 0 else "  (a is better)"
-        lines.append(f"  {name:<10} a {a:.3f}   b {b:.3f}   b - a {b - a:+.3f}   (95% interval {low:+.3f} to {high:+.3f}){verdict}")
-    wins = [int((rights[i] & ~rights[1 - i]).sum()) for i in (0, 1)]
-    lines.append(f"  right in a alone {wins[0]}, in b alone {wins[1]}, in both {int((rights[0] & rights[1]).sum())}")
+def _differences(a, b):
+    """Lines with the flags and the other settings that differ."""
+    lines = []
+    for name in {**a["flags"], **b["flags"]}:
+        value_a, value_b = a["flags"].get(name), b["flags"].get(name)
+        if name not in IGNORED_FLAGS and value_a != value_b:
+            lines.append(f"  {name:<18} {value_a!s:<24} {value_b!s}")
+    if not lines:
+        lines.append("  none")
+    for name in SETTINGS:
+        if a.get(name) != b.get(name):
+            lines.append(f"  {name:<18} {str(a.get(name))[:22]:<24} {str(b.get(name))[:22]}")
     return lines
 
 
-def _accuracy(labels, guesses):
-    return float((labels == guesses).mean())
+def _metric_lines(a, b, n_boot, seed):
+    """Lines with each metric of both runs and their difference, over the clips of both."""
+    shared = [clip for clip in a["test"]["index"] if clip in b["test"]["index"]]
+    if not shared:
+        return ["no test clip is in both runs: nothing to compare"]
+    rows = [[run["test"]["index"][clip] for clip in shared] for run in (a, b)]
+    _check_same_data(a, b, *rows)
+    title = f"test, {len(shared)} clips that both have scored"
+    for run, letter in ((a, "a"), (b, "b")):
+        extra = len(run["test"]["index"]) - len(shared)
+        if extra:
+            title += f", {extra} only in {letter}"
+    (values_a, correct_a), (values_b, correct_b) = (
+        _resampled(run["test"], run_rows, n_boot, seed) for run, run_rows in zip((a, b), rows))
+    lines = [title]
+    for key in values_a:
+        lines.append(_difference_line(METRICS[key].label, values_a[key], values_b[key],
+                                      METRICS[key].higher_is_better))
+    only_a, only_b = (correct_a & ~correct_b).sum(), (correct_b & ~correct_a).sum()
+    lines.append(f"  correct only in a {only_a}, only in b {only_b}, "
+                 f"in both {(correct_a & correct_b).sum()}")
+    return lines
 
 
-def _macro_f1(labels, guesses):
-    """Over the classes that are in the labels, as scikit-learn's f1_score with these as `labels`."""
-    n = int(max(labels.max(), guesses.max())) + 1
-    hits = np.bincount(labels[labels == guesses], minlength=n)
-    support, predicted = np.bincount(labels, minlength=n), np.bincount(guesses, minlength=n)
-    there = support > 0
-    return float((2 * hits[there] / (support + predicted)[there]).mean())
+def _check_same_data(a, b, rows_a, rows_b):
+    text_a, text_b = ([run["test"]["text"][i] for i in rows]
+                      for run, rows in ((a, rows_a), (b, rows_b)))
+    if text_a != text_b:
+        raise CompareError("the runs have different labels for the same clip: compare runs on the "
+                           "same data")
+    multi_label = [bool(run.get("multi_label")) for run in (a, b)]
+    if any(multi_label) and (not all(multi_label) or a["classes"] != b["classes"]):
+        raise CompareError("only one run has several labels per clip, or the classes differ: "
+                           "compare runs of one kind")
 
 
-def _of_several(runs, both, draws):
-    """Of runs whose clips have several labels: for each run which clips are right (their highest known class is one of their
-    labels), and for each of FIGURES [(figure, (n_boot,) figures of the resamples) of each run], as in the runs' metrics."""
-    weights = np.stack([np.bincount(draw, minlength=len(both)) for draw in [np.arange(len(both)), *draws]]).astype(np.float64)
-    rights, found = [], [[], []]
-    for run in runs:
-        place = {clip: i for i, clip in enumerate(run["test"])}
-        labels, scores, said = (part[[place[clip] for clip in both]] for part in run["several"])
-        truth, said = labels == 1, said & ~np.isnan(labels)
-        rights.append(truth[np.arange(len(both)), np.where(np.isnan(labels), -np.inf, scores).argmax(axis=1)])
-        held, named, right = (weights @ mask for mask in (truth, said, truth & said))  # (1 + n_boot, classes)
-        f1 = np.where(held > 0, 2 * right / np.maximum(held + named, 1), np.nan)
-        for values, into in zip((weights @ rights[-1] / len(both), np.nanmean(f1, axis=1)), found, strict=True):
-            into.append((float(values[0]), values[1:]))
-    return rights, found
+def _resampled(test, rows, n_boot, seed):
+    """Each metric of these rows, and of each bootstrap resample, as (1 + n_boot,) by its key.
+
+    The same clips are drawn for both runs. Also returns (n,) bool: whether the highest-scoring
+    class of each clip is correct.
+    """
+    predicted = test["predicted"][rows] if "predicted" in test else None
+    outcome = Outcome(test["scores"][rows], test["labels"][rows], predicted)
+    values = {key: [] for key in metrics_for(outcome.multi_label)}
+    all_clips = np.ones((outcome.n, 1), np.int32)
+    for weights in [all_clips, *resample_counts(outcome.n, n_boot, seed)]:
+        counts = WeightedCounts(outcome, weights)
+        for key, blocks in values.items():
+            blocks.append(METRICS[key].function(counts))
+    return {key: np.concatenate(blocks) for key, blocks in values.items()}, outcome.top_correct
+
+
+def _difference_line(label, values_a, values_b, higher_is_better):
+    """values: (1 + n_boot,), the metric and its bootstrap resamples."""
+    differences = values_b - values_a
+    low, high = np.percentile(differences[1:], (2.5, 97.5))
+    verdict = ""
+    if low > 0 or high < 0:
+        verdict = "  (b is better)" if (low > 0) == higher_is_better else "  (a is better)"
+    return (f"  {label:<18} a {values_a[0]:.3f}   b {values_b[0]:.3f}   "
+            f"b - a {differences[0]:+.3f}   (95% interval {low:+.3f} to {high:+.3f}){verdict}")
+
+
+def _names(*folders):
+    """The folders' own names, with their parents' if they are equal."""
+    paths = [Path(folder).resolve() for folder in folders]
+    if len({path.name for path in paths}) == len(paths):
+        return [path.name for path in paths]
+    return [f"{path.parent.name}/{path.name}" for path in paths]
 
 
 def _draw(runs, names, out):
-    panels = {"loss": (("train_loss", "--"), ("val_loss", "-")), "accuracy": (("train_acc", "--"), ("val_acc", "-")),
-              "macro-F1": (("val_macro_f1", "-"),)}
     with picture(out, (11, 3.6), layout="constrained") as figure:
-        for ax, (title, lines) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-            for run, name, colour, letter in zip(runs, names, COLOURS, "ab", strict=False):
+        for ax, (title, lines) in zip(figure.subplots(1, 3), PANELS.items(), strict=True):
+            for run, name, colour, letter in zip(runs, names, COLOURS, "ab"):
                 for column, style in lines:
-                    if len(run["history"]):
+                    if run["history"]:
                         label = f"{letter}: {name}" if column.startswith("val") else None
-                        ax.plot(run["history"]["epoch"], run["history"][column], style, color=colour, label=label)
+                        ax.plot(run["history"]["epoch"], run["history"][column], style,
+                                color=colour, label=label)
             ax.set_title(title)
             ax.set_xlabel("epoch")
             ax.grid(axis="y")
-        figure.legend(*ax.get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False)
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside lower left", ncols=2,
+                      frameon=False)
         figure.suptitle("validation solid, training dashed", x=0.01, ha="left")
 
 
-if __name__ == "__main__":
-    if len(sys.argv) not in (3, 4) or "--help" in sys.argv:
+def main(arguments: Sequence[str]) -> int:
+    if "--help" in arguments or len(arguments) not in (2, 3):
         print(__doc__.strip(), file=sys.stderr)
-        sys.exit(0 if "--help" in sys.argv else 2)
+        return 0 if "--help" in arguments else 2
     try:
-        print("\n".join(compare(sys.argv[1], sys.argv[2], Path(*sys.argv[3:4]) / "compare.png")))
+        print("\n".join(compare(*arguments[:2], Path(*arguments[2:]) / "compare.png")))
     except CompareError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

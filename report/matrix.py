@@ -1,29 +1,30 @@
 """The confusion matrix as a picture."""
-
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from .style import legible, picture, plain
+from .style import INK, LINE, legible, picture, shorten
 
 
-def confusion(matrix, classes, out):
-    """The confusion matrix: (C, C) counts, rows the truth, classes in the order given.
+def confusion(matrix: np.ndarray, classes: Sequence[str], out: Path) -> None:
+    """Draw the confusion matrix: (C, C) counts, rows the true classes, in the order given.
 
     Colour is the share of the row; a row without clips is grey. Up to 20 classes the counts
     stand in the cells; beyond, the largest confusions are listed beside it. A name that no
-    installed font can draw has its class index in front. Raises ValueError where the shape does
-    not fit the classes.
+    installed font can draw has its class index in front. Raises ValueError if the shape does not
+    fit the classes.
     """
     matrix = np.asarray(matrix)
     n = len(classes)
     if matrix.shape != (n, n) or not n:
         raise ValueError(f"the matrix is {matrix.shape} for {n} classes")
-    names = [plain(name) for name in classes]
+    names = [shorten(name) for name in classes]
     names = [name if legible(name) else f"[{i}] {name}" for i, name in enumerate(names)]
     small = n <= 20
-    # Inches: a cell large enough for its label, smaller only where the picture would grow past
-    # what a screen can show.
+    # Inches: a cell large enough for its label, smaller only if the picture would outgrow a
+    # screen.
     cell = max(0.5, 2 / n) if small else min(0.35, max(0.135, 12 / n), 24 / n)
     size = 9 if small else max(6.5, min(8, 48 * cell))
     with picture(out, (n * cell, n * cell)) as figure:
@@ -37,8 +38,8 @@ def confusion(matrix, classes, out):
             ax.annotate(listed, (1, 1), (12, 0), xycoords="axes fraction",
                         textcoords="offset points", va="top", fontsize=8, linespacing=1.4)
         _share_bar(figure, ax, image, (0.1, 1) if small else (0.25, 0.15), n * cell)
-        total, right = int(matrix.sum()), int(np.trace(matrix))
-        ax.set_title(f"{total} clips, {right / max(total, 1):.1%} right")
+        total, correct = int(matrix.sum()), int(np.trace(matrix))
+        ax.set_title(f"{total} clips, {correct / max(total, 1):.1%} correct")
 
 
 def _share_image(ax, matrix):
@@ -60,15 +61,15 @@ def _class_ticks(ax, names, support, size, cell, slanted):
     ax.set_xticks(places[::every], names[::every], fontsize=size, **turn)
     rows = [f"{name}  {count}" for name, count in zip(names, support)]
     ax.set_yticks(places[::every], rows[::every], fontsize=size)
-    some = f" (one class in {every} named)" if every > 1 else ""
-    ax.set_xlabel(f"predicted{some}")
-    ax.set_ylabel(f"truth, with number of clips{some}")
+    note = f" (one class in {every} named)" if every > 1 else ""
+    ax.set_xlabel(f"predicted{note}")
+    ax.set_ylabel(f"true class, with number of clips{note}")
     ax.tick_params(length=2)
     ax.spines[:].set_visible(True)
     if every == 1:
         edges, ends = places[1:] - 0.5, (-0.5, len(names) - 0.5)
-        ax.vlines(edges, *ends, color="#e4e4e4", linewidth=0.3)
-        ax.hlines(edges, *ends, color="#e4e4e4", linewidth=0.3)
+        ax.vlines(edges, *ends, color=LINE, linewidth=0.3)
+        ax.hlines(edges, *ends, color=LINE, linewidth=0.3)
 
 
 def _write_counts(ax, matrix):
@@ -76,7 +77,7 @@ def _write_counts(ax, matrix):
     for row, column in zip(*np.nonzero(matrix)):
         count = int(matrix[row, column])
         ax.text(column, row, str(count), ha="center", va="center", fontsize=9,
-                color="white" if count > 0.4 * support[row] else "black")
+                color="white" if count > 0.4 * support[row] else INK)
 
 
 def _largest(matrix, names, longest=30):
@@ -88,7 +89,7 @@ def _largest(matrix, names, longest=30):
     order = np.lexsort((support[rows], -wrong[rows, columns]))[:longest]
     lines = [f"{names[r]} → {names[c]}  {wrong[r, c]} of {support[r]}"
              for r, c in zip(rows[order], columns[order])]
-    return ["Largest confusions, truth → predicted", "", *(lines or ["none"])]
+    return ["Largest confusions, true → predicted", "", *(lines or ["none"])]
 
 
 def _share_bar(figure, ax, image, size, inches):

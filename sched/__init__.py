@@ -1,79 +1,100 @@
-"""The learning rate: one pure factor, multiplied onto each parameter group's own base LR.
+"""The learning rate: one factor, multiplied onto each parameter group's own base learning rate.
 
-`lr_i(step) = base_lr_i * factor(step)`: the ratio between groups is the same at every step, whatever the
-warm-up. Steps are optimiser steps. The whole state is the number of steps done.
+`lr_i(step) = base_lr_i * factor(step)`. So the ratio between groups is the same at every step, also
+during warm-up. Steps are optimizer steps. To add a shape, write a function and list it in `SHAPES`.
 """
 import math
 
 import torch
 
-SHAPES = ("cosine", "linear", "constant", "wsd")
+WSD_DECAY = 0.2  # share of all steps in which "wsd" falls
 
 
-def lr_factor(step, warmup_steps, total_steps, shape="cosine", min_ratio=0.0, decay_share=0.2):
-    """Factor in [min_ratio, 1] for optimiser step `step` (0 is the first).
+def _progress(step, warmup_steps, total_steps):
+    """Share of the steps after the warm-up that are done, in [0, 1]."""
+    return min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
 
-    Warm-up is linear, (step + 1) / warmup_steps, so that the first step is not at zero and the last step of
-    the warm-up is at 1. What is left follows `shape`: "cosine" and "linear" fall to min_ratio at
-    total_steps, "constant" stays, "wsd" (warmup-stable-decay) stays and falls linearly over the last
-    `decay_share` of total_steps. Past total_steps the factor stays where it ended.
+
+def cosine(step: int, warmup_steps: int, total_steps: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * _progress(step, warmup_steps, total_steps)))
+
+
+def linear(step: int, warmup_steps: int, total_steps: int) -> float:
+    return 1 - _progress(step, warmup_steps, total_steps)
+
+
+def constant(step: int, warmup_steps: int, total_steps: int) -> float:
+    return 1.0
+
+
+def wsd(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Warmup-stable-decay: constant, then linear over the last WSD_DECAY of all steps."""
+    steps_left = max(0.0, total_steps - step)
+    return min(1.0, steps_left / max(1.0, WSD_DECAY * total_steps))
+
+
+# After the warm-up: (step, warmup_steps, total_steps) -> 1 at the start, mostly 0 at the end.
+SHAPES = {"cosine": cosine, "linear": linear, "constant": constant, "wsd": wsd}
+
+
+def lr_factor(step: int, warmup_steps: int, total_steps: int, shape: str = "cosine",
+              min_ratio: float = 0.0) -> float:
+    """Factor in [min_ratio, 1] for optimizer step `step` (0 is the first).
+
+    The warm-up is (step + 1) / warmup_steps: its first step is above 0 and its last is at 1. Then
+    the factor follows `shape`, scaled so that 0 becomes min_ratio; constant after total_steps.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    if shape == "constant":
-        return 1.0
-    if shape == "cosine":
-        left = 0.5 * (1 + math.cos(math.pi * done))
-    elif shape == "linear":
-        left = 1 - done
-    elif shape == "wsd":
-        left = min(1.0, max(0.0, total_steps - step) / max(1.0, decay_share * total_steps))
-    else:
-        raise ValueError(f"schedule shape {shape!r}: one of {', '.join(SHAPES)}")
-    return min_ratio + (1 - min_ratio) * left
+    return min_ratio + (1 - min_ratio) * SHAPES[shape](step, warmup_steps, total_steps)
 
 
 class RelativeSchedule:
-    """Writes `group["lr"] = group["initial_lr"] * lr_factor(step)` for every group of the optimiser.
+    """Sets `group["lr"] = group["initial_lr"] * factor(step)` for every group of the optimizer.
 
-    warmup_steps, total_steps: in optimiser steps; 0 warm-up steps is allowed. Call `.step()` after each
-    optimiser step that really happened. A group's base LR is its "initial_lr", taken from its "lr" where
-    the group has none. Raises ValueError for an unknown shape or a warm-up longer than the run.
+    Call `.step()` after each optimizer step. A group's "initial_lr" is its "lr" unless it has one.
+    warmup_steps, total_steps: in optimizer steps; no warm-up is 0. Raises ValueError for an unknown
+    shape or a warm-up longer than the run.
 
-    device: keep the step count and the rates there, as float32 tensors, so that `.step(happened)` with a
-    tensor never makes the host wait. By default they are plain numbers.
+    device: keep step count and rates there as tensors. Then `.step(happened)` with a tensor never
+    makes the host wait for the GPU. By default they are plain numbers.
     """
 
-    def __init__(self, optimizer, warmup_steps, total_steps, shape="cosine", min_ratio=0.0, device=None):
+    def __init__(self, optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int,
+                 shape: str = "cosine", min_ratio: float = 0.0,
+                 device: torch.device | str | None = None):
         if not 0 <= warmup_steps <= total_steps:
             raise ValueError(f"warm-up of {warmup_steps} steps in a run of {total_steps}")
-        lr_factor(0, warmup_steps, total_steps, shape)  # an unknown shape fails here, not hours later
         if shape not in SHAPES:
-            raise ValueError(f"schedule shape {shape!r}: one of {', '.join(SHAPES)}")
+            raise ValueError(f"schedule shape {shape!r}: use one of {', '.join(SHAPES)}")
         self.optimizer = optimizer
-        self.arguments = (warmup_steps, total_steps, shape, min_ratio)
+        self.warmup_steps, self.total_steps = warmup_steps, total_steps
+        self.shape, self.min_ratio = shape, min_ratio
         self.steps = 0
         self.scale = 1.0  # one factor for all groups, below 1 after a rollback
-        self.table = None
+        self.table = None  # on a device: the factor of every step
         if device is not None:
+            factors = [self.factor(step) for step in range(total_steps + 1)]
             self.steps = torch.zeros((), dtype=torch.int64, device=device)
-            self.table = torch.tensor([self.factor(step) for step in range(total_steps + 1)], device=device)
+            self.table = torch.tensor(factors, device=device)
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self._write()
 
-    def factor(self, step):
-        """The factor at a step, by which every group's base LR is multiplied."""
-        return self.scale * lr_factor(step, *self.arguments)
+    def factor(self, step: int) -> float:
+        """The factor of every group's base learning rate at a step."""
+        return self.scale * lr_factor(step, self.warmup_steps, self.total_steps, self.shape,
+                                      self.min_ratio)
 
-    def step(self, happened=True):
-        """On to the next step, if this one happened: a bool, or a bool tensor on the schedule's device."""
-        self.steps += bool(happened) if self.table is None else happened
+    def step(self, happened: bool | torch.Tensor = True) -> None:
+        """Advance one step if `happened`: a bool, or a bool tensor on the schedule's device."""
+        if self.table is None:
+            happened = bool(happened)
+        self.steps += happened
         self._write()
 
-    def rescale(self, by):
-        """Multiply the rates of all groups from here on by one number; their ratio stays."""
+    def rescale(self, by: float) -> None:
+        """Multiply all rates from now on by one number. Their ratio stays."""
         self.scale *= by
         self._write()
 
@@ -83,12 +104,15 @@ class RelativeSchedule:
         else:
             factor = self.scale * self.table[self.steps.clamp(max=len(self.table) - 1)]
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor  # the only line that writes a learning rate
+            group["lr"] = group["initial_lr"] * factor  # the only line that sets a learning rate
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         return {"steps": int(self.steps), "scale": self.scale}
 
-    def load_state_dict(self, state):
-        self.steps = self.steps * 0 + state["steps"]
+    def load_state_dict(self, state: dict) -> None:
+        if self.table is None:
+            self.steps = state["steps"]
+        else:
+            self.steps = torch.tensor(state["steps"], device=self.table.device)
         self.scale = state["scale"]
         self._write()

@@ -214,9 +214,9 @@ def test_only_the_kept_patches_are_seen():
     model = AST(ASTConfig(3, dim=32, depth=2, heads=2)).eval()
     x = torch.randn(2, 128, 60, requires_grad=True)
     everything = torch.arange(12 * 5).expand(2, -1)
-    torch.testing.assert_close(model(x, kept=everything), model(x))
+    torch.testing.assert_close(model(x, patch_ids=everything), model(x))
     kept = torch.tensor([[0, 7], [13, 59]])  # rows 0, 1 and 2, 11 of 12; columns 0, 2 and 3, 4 of 5
-    model(x, kept=kept).square().sum().backward()
+    model(x, patch_ids=kept).square().sum().backward()
     wanted = torch.zeros(2, 128, 60, dtype=torch.bool)
     for clip, row, column in ((0, 0, 0), (0, 1, 2), (1, 2, 3), (1, 11, 4)):
         wanted[clip, 10 * row:10 * row + 16, 10 * column:10 * column + 16] = True

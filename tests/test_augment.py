@@ -1,132 +1,163 @@
-"""Random numbers that belong to the clip, SpecAugment and MixUp."""
+"""Random numbers of clips, and the augmentations."""
 import numpy as np
 import torch
 from scipy import stats
+from scipy.signal import butter, freqz
 
 from data.augment import Augment
-from data.draws import CROP, MIX, uniform
+from data.clip_rng import Purpose, uniform
 
 
-def test_draws_are_uniform_and_independent():
-    u = uniform(0, 3, np.arange(5000), CROP, 4)
+def test_random_numbers_are_uniform_and_independent():
+    clip_ids = np.arange(5000)
+    u = uniform(0, 3, clip_ids, Purpose.CROP, 4)
     assert stats.kstest(u.ravel(), "uniform").pvalue > 1e-3
-    correlation = np.corrcoef(np.c_[u, uniform(0, 4, np.arange(5000), CROP, 2), uniform(0, 3, np.arange(5000), MIX, 2),
-                                    uniform(1, 3, np.arange(5000), CROP, 2), np.roll(u[:, :1], 1)].T)
+    columns = np.c_[
+        u,
+        uniform(0, 4, clip_ids, Purpose.CROP, 2),  # another epoch
+        uniform(0, 3, clip_ids, Purpose.MIXUP, 2),  # another purpose
+        uniform(1, 3, clip_ids, Purpose.CROP, 2),  # another seed
+        np.roll(u[:, :1], 1),  # another clip
+    ]
+    correlation = np.corrcoef(columns.T)
     assert np.abs(correlation - np.eye(len(correlation))).max() < 0.06
-    assert len(np.unique(uniform(0, 0, np.arange(100000), CROP, 1))) == 100000
+    assert len(np.unique(uniform(0, 0, np.arange(100000), Purpose.CROP, 1))) == 100000
 
 
-def test_draws_belong_to_the_clip():
-    together = uniform(7, 2, [5, 9, 1000000], CROP, 3)
-    assert np.array_equal(together[1:2], uniform(7, 2, [9], CROP, 3))
-    assert np.array_equal(together[:, :1], uniform(7, 2, [5, 9, 1000000], CROP, 1))
-    assert uniform(0, 0, [0], CROP, 1)[0, 0] == 0.8704734066832014  # frozen: a change would break every resume
+def test_random_numbers_do_not_depend_on_the_batch():
+    together = uniform(7, 2, [5, 9, 1000000], Purpose.CROP, 3)
+    assert np.array_equal(together[1:2], uniform(7, 2, [9], Purpose.CROP, 3))
+    assert np.array_equal(together[:, :1], uniform(7, 2, [5, 9, 1000000], Purpose.CROP, 1))
 
 
-def test_spec_augment_covers_one_band_and_one_stretch_with_silence():
+def test_random_numbers_are_frozen():
+    """A change would change the results of every run that is resumed."""
+    assert uniform(0, 0, [0], Purpose.CROP, 1)[0, 0] == 0.8704734066832014
+    assert {purpose.name: int(purpose) for purpose in Purpose} == {
+        "CROP": 0, "MIXUP": 1, "SPEC_AUGMENT": 2, "DROP_PATH": 3, "ORDER": 4, "SHIFT": 5,
+        "PATCHOUT": 6, "GAIN": 7, "NOISE": 8, "FILTER": 9,
+    }
+
+
+def test_spec_augment_masks_one_band_and_one_range_of_frames():
     augment = Augment(freq_mask=15, time_mask=35, specaug_p=0.8)
     spec = torch.rand(400, 128, 173) + 1
     silence = -torch.arange(1, 401.0)[:, None, None]
     out = augment.spec_augment(spec, silence, 0, np.arange(400))
     changed = out != spec
     assert torch.equal(out[changed], silence.expand_as(spec)[changed])
-    bands, stretches = changed.all(dim=2), changed.all(dim=1)  # (400, 128), (400, 173)
-    assert torch.equal(changed, bands[:, :, None] | stretches[:, None, :])
-    for mask, widest in ((bands, 15), (stretches, 35)):
+    bands, frames = changed.all(dim=2), changed.all(dim=1)  # (400, 128), (400, 173)
+    assert torch.equal(changed, bands[:, :, None] | frames[:, None, :])
+    for mask, widest in ((bands, 15), (frames, 35)):
         assert mask.sum(1).max() == widest
-        starts = (mask & ~mask.roll(1, 1)).sum(1)  # one stretch each
-        assert starts.max() == 1
+        n_ranges = (mask & ~mask.roll(1, 1)).sum(1)
+        assert n_ranges.max() == 1
     share = changed.flatten(1).any(1).float().mean().item()
-    assert 0.70 < share < 0.86  # 0.8, less the few of width 0 twice
+    assert 0.70 < share < 0.86  # 0.8, less a few clips whose masks both have width 0
     assert torch.equal(out[3:5], augment.spec_augment(spec[3:5], silence[3:5], 0, [3, 4]))
 
 
 def test_mixup_mixes_waves_and_labels_alike():
-    augment = Augment(mixup_alpha=0.4, mixup_p=0.6, seed=1)
     n = 1000
-    wave = torch.eye(n)  # clip i is 1 at sample i, so that the share can be read off
-    target = torch.eye(n)
-    mixed, soft = augment.mixup(wave, target, 5, np.arange(n))
+    wave = target = torch.eye(n)  # clip i is 1 at sample i, so the samples show the shares
+    mixed, soft = Augment(mixup_alpha=0.4, mixup_p=0.6, seed=1).mixup(wave, target, 5, np.arange(n))
     assert torch.equal(mixed, soft)
     torch.testing.assert_close(soft.sum(1), torch.ones(n))
     own = soft.diagonal()
-    torch.testing.assert_close(soft[torch.arange(n), (torch.arange(n) + 1) % n], 1 - own)
-    assert own.min() >= 0.5 and 0.54 < (own < 1).float().mean() < 0.66
-    shares = own[own < 1].numpy()
-    draw = stats.beta(0.4, 0.4).rvs(5000, random_state=0)
-    assert stats.ks_2samp(shares, np.maximum(draw, 1 - draw)).pvalue > 1e-3
+    following = soft[torch.arange(n), (torch.arange(n) + 1) % n]
+    torch.testing.assert_close(following, 1 - own)
+    assert own.min() >= 0.5
+    assert 0.54 < (own < 1).float().mean() < 0.66
+    beta = stats.beta(0.4, 0.4).rvs(5000, random_state=0)
+    assert stats.ks_2samp(own[own < 1].numpy(), np.maximum(beta, 1 - beta)).pvalue > 1e-3
 
 
-def test_off_is_off():
+def test_mixup_leaves_a_batch_of_one_clip():
+    wave, target = torch.rand(1, 50), torch.eye(3)[:1]
+    mixed, soft = Augment(mixup_alpha=1.0, mixup_p=1.0).mixup(wave, target, 0, [0])
+    assert torch.equal(mixed, wave)
+    assert torch.equal(soft, target)
+
+
+def test_by_default_every_augmentation_is_off():
+    augment, ids = Augment(), [0, 1, 2]
     wave, target, spec = torch.rand(3, 50), torch.eye(3), torch.rand(3, 8, 9)
-    mixed, soft = Augment().mixup(wave, target, 0, [0, 1, 2])
-    assert mixed is wave and soft is target and Augment().spec_augment(spec, None, 0, [0, 1, 2]) is spec
-    one = Augment(mixup_alpha=1.0, mixup_p=1.0).mixup(wave[:1], target[:1], 0, [0])
-    assert one[0] is not None and torch.equal(one[0], wave[:1])
+    assert augment.random_gain(wave, 0, ids) is wave
+    assert augment.random_shift(wave, 0, ids) is wave
+    assert augment.add_noise(wave, None, 0, ids) is wave
+    assert augment.random_filter(wave, 0, ids) is wave
+    mixed, soft = augment.mixup(wave, target, 0, ids)
+    assert mixed is wave
+    assert soft is target
+    assert augment.spec_augment(spec, None, 0, ids) is spec
 
 
-def test_shift_turns_each_clip_by_its_own_amount():
+def test_random_shift_rolls_each_clip_by_its_own_amount():
     wave = torch.arange(50.0).expand(300, 50)
-    out = Augment(shift_p=0.5).shift(wave, 2, np.arange(300))
-    by = out.argmin(1)  # where sample 0 went
-    assert all(torch.equal(o, torch.roll(w, int(k))) for o, w, k in zip(out, wave, by, strict=True))
-    assert 0.42 < (by > 0).float().mean() < 0.58 and len(by.unique()) > 40
-    assert torch.equal(out[7:9], Augment(shift_p=0.5).shift(wave[7:9], 2, [7, 8]))
+    out = Augment(shift_p=0.5).random_shift(wave, 2, np.arange(300))
+    shifts = out.argmin(1)  # where sample 0 is now
+    for shifted, original, shift in zip(out, wave, shifts.tolist()):
+        assert torch.equal(shifted, torch.roll(original, shift))
+    assert 0.42 < (shifts > 0).float().mean() < 0.58
+    assert len(shifts.unique()) > 40
+    assert torch.equal(out[7:9], Augment(shift_p=0.5).random_shift(wave[7:9], 2, [7, 8]))
 
 
-def test_gain_lies_within_its_decibels():
+def test_random_gain_is_uniform_in_decibels():
     wave = torch.randn(500, 100)
-    out = Augment(gain=6.0).louder(wave, 0, np.arange(500))
+    out = Augment(gain=6.0).random_gain(wave, 0, np.arange(500))
     db = 20 * (out / wave).mean(1).log10()
     torch.testing.assert_close(out, wave * 10 ** (db / 20)[:, None])
     assert stats.kstest(db.numpy(), stats.uniform(-6, 12).cdf).pvalue > 1e-3
 
 
-def test_background_is_the_quietest_stretch_at_the_drawn_ratio():
+def test_noise_is_the_quietest_eighth_at_the_drawn_ratio():
     generator = torch.Generator().manual_seed(0)
     wave = torch.randn(200, 8000, generator=generator)
     noise = torch.randn(200, 8000, generator=generator)
     noise[:, 3000:4500] *= 0.01
-    noise[100:, 3000:4500] = 0  # digital silence is no noise
+    noise[100:, 3000:4500] = 0  # digital silence does not count as noise
     noise[150:] = 0
     augment = Augment(noise_snr=(0.0, 20.0))
-    added = (augment.background(wave, noise, 2, np.arange(200)) - wave).double()
+    added = (augment.add_noise(wave, noise, 2, np.arange(200)) - wave).double()
     snr = 10 * (wave.double().square().mean(1) / added.square().mean(1)).log10()
-    assert -0.6 < snr[:150].min() and snr[:150].max() < 20.6 and snr[:150].std() > 4
+    assert snr[:150].min() > -0.6
+    assert snr[:150].max() < 20.6
+    assert snr[:150].std() > 4
     assert (added[150:] == 0).all()
-    stretch = added[:, :1000] / added[:, :1000].abs().amax(1, keepdim=True)
-    for i in (0, 7, 120):  # found again in the noise, and turned around after it
+    eighth = added[:, :1000] / added[:, :1000].abs().amax(1, keepdim=True)
+    for i in (0, 7, 120):
         places = noise[i].double().unfold(0, 1000, 1)  # (7001, 1000)
-        fits = torch.nonzero(torch.cosine_similarity(places, stretch[i][None], dim=1) > 0.99)[:, 0].tolist()
-        assert len(fits) == 1 and (3000 <= fits[0] <= 3500 if i < 100 else not 2000 < fits[0] < 4500)
-        torch.testing.assert_close(added[i, 1000:2000].flip(0), added[i, :1000], atol=1e-4, rtol=1e-3)
-    assert torch.equal(augment.background(wave, None, 2, np.arange(200)), wave)
+        similarity = torch.cosine_similarity(places, eighth[i][None], dim=1)
+        matches = torch.nonzero(similarity > 0.99)[:, 0].tolist()
+        assert len(matches) == 1
+        if i < 100:
+            assert 3000 <= matches[0] <= 3500
+        else:
+            assert not 2000 < matches[0] < 4500
+        backwards = added[i, 1000:2000].flip(0)
+        torch.testing.assert_close(backwards, added[i, :1000], atol=1e-4, rtol=1e-3)
 
 
 def test_filters_against_scipys_butterworth():
-    from scipy.signal import butter, freqz
     rate, samples = 16000, 16000
     impulse = torch.zeros(300, samples)
     impulse[:, 0] = 1
-    out = Augment(filter_p=0.7, rate=rate).filtered(impulse, 0, np.arange(300))
-    response = torch.fft.rfft(out.double()).abs().numpy()
+    out = Augment(filter_p=0.7, sample_rate=rate).random_filter(impulse, 0, np.arange(300))
+    responses = torch.fft.rfft(out.double()).abs().numpy()  # (300, samples // 2 + 1)
     hz = np.arange(samples // 2 + 1)
-    untouched = np.abs(response - 1).max(1) < 1e-4
-    assert 0.2 < untouched.mean() < 0.4
-    kinds = {"low": 0, "high": 0}
-    for one in response[~untouched]:
-        kind = "low" if one[0] > 0.5 else "high"
-        cutoff = hz[np.argmin(np.abs(one - 0.5**0.5))]
-        assert (1000 <= cutoff <= 5334) if kind == "low" else (49 <= cutoff <= 1001)
-        kinds[kind] += 1
-        at = hz[(hz > 10) & (hz < 6000)]  # above, the digital filter's response is warped
-        b, a = butter(2, cutoff, kind, fs=rate)
-        want = np.abs(freqz(b, a, at, fs=rate)[1])
+    unfiltered = np.abs(responses - 1).max(1) < 1e-4
+    assert 0.2 < unfiltered.mean() < 0.4
+    n_filters = {"low": 0, "high": 0}
+    for response in responses[~unfiltered]:
+        kind = "low" if response[0] > 0.5 else "high"
+        n_filters[kind] += 1
+        cutoff = hz[np.argmin(np.abs(response - 0.5**0.5))]
+        lowest, highest = (1000, 5334) if kind == "low" else (49, 1001)
+        assert lowest <= cutoff <= highest
         if cutoff < 1500:
-            assert np.abs(one[at] - want).max() < 0.06
-    assert min(kinds.values()) > 70
-
-
-def test_what_is_off_changes_nothing():
-    wave = torch.randn(3, 1000)
-    assert Augment().louder(wave, 0, np.arange(3)) is wave and Augment().filtered(wave, 0, np.arange(3)) is wave
+            compared = hz[(hz > 10) & (hz < 6000)]  # above, scipy's digital filter is warped
+            b, a = butter(2, cutoff, kind, fs=rate)
+            expected = np.abs(freqz(b, a, compared, fs=rate)[1])
+            assert np.abs(response[compared] - expected).max() < 0.06
+    assert min(n_filters.values()) > 70

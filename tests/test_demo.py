@@ -1,4 +1,4 @@
-"""The generated data set: the same clips everywhere, sane levels, a folder that two runs may write at once."""
+"""The demo data: the same clips everywhere, sane levels, and a folder that two runs may write."""
 import hashlib
 import multiprocessing
 import os
@@ -13,7 +13,8 @@ from data import demo
 
 SMALL = {name: 0 for name in demo.CLASSES} | {"rain": 3, "bell": 2, "siren": 1}
 
-# sha256 of the int16 samples of each class's first clip. If the recipe was changed on purpose, raise demo.VERSION.
+# SHA-256 of the int16 samples of each class's first clip. If you changed the sounds on purpose,
+# raise demo.VERSION.
 FIRST_CLIPS = {
     "bell": "b03fc4906abad90f",
     "chirp_down": "afb222c2cbdd8293",
@@ -37,39 +38,44 @@ def int16(clip):
     return np.rint(clip * 32768).astype("<i2")
 
 
-def wavs(root):
+def wav_paths(root):
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*.wav"))
 
 
 def contents(root):
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    files = [path for path in root.rglob("*") if path.is_file()]
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
 
-def no_writing(*args):
-    raise AssertionError("a complete copy was written again")
+def refuse_to_synthesise(*args):
+    raise AssertionError("demo data was written again")
 
 
-def test_counts_are_uneven():
-    counts = sorted(demo.COUNTS.values())
-    assert set(demo.CLASSES) == set(demo.COUNTS) == set(demo.FAMILIES) and len(demo.CLASSES) == 10
-    assert counts[0] >= 16 and 3 <= counts[-1] / counts[0] <= 5 and 380 <= sum(counts) <= 420
+def test_class_sizes_are_uneven():
+    assert len(demo.CLASSES) == 10
+    assert set(demo.CLASSES) == set(demo.COUNTS) == set(demo.FAMILIES)
+    smallest, largest = min(demo.COUNTS.values()), max(demo.COUNTS.values())
+    assert smallest >= 16
+    assert 3 <= largest / smallest <= 5
+    assert 380 <= sum(demo.COUNTS.values()) <= 420
 
 
 def test_a_clip_depends_on_name_index_and_seed_only():
-    clips = [("siren", 3, 0), ("rain", 1, 0), ("siren", 4, 0), ("siren", 3, 1), ("surf", 3, 0)]
-    forward = [demo.synthesise(*clip) for clip in clips]
-    backward = [demo.synthesise(*clip) for clip in clips[::-1]][::-1]
-    for one, other in zip(forward, backward):
-        assert np.array_equal(one, other)
-    for i, one in enumerate(forward):
-        assert not any(np.array_equal(one, other) for other in forward[:i])
-    assert np.array_equal(demo.synthesise("rain", 1), forward[1])  # seed 0 unless told
+    arguments = [("siren", 3, 0), ("rain", 1, 0), ("siren", 4, 0), ("siren", 3, 1), ("surf", 3, 0)]
+    clips = [demo.synthesise(*arg) for arg in arguments]
+    in_reverse = [demo.synthesise(*arg) for arg in reversed(arguments)]
+    for clip, again in zip(clips, reversed(in_reverse)):
+        assert np.array_equal(clip, again)
+    assert len({clip.tobytes() for clip in clips}) == len(clips)
+    assert np.array_equal(demo.synthesise("rain", 1), clips[1])  # seed 0 by default
 
 
-def test_the_recipe_is_frozen():
-    firsts = {name: int16(demo.synthesise(name, 1)).tobytes() for name in demo.CLASSES}
-    found = {name: hashlib.sha256(samples).hexdigest()[:16] for name, samples in firsts.items()}
-    assert found == FIRST_CLIPS
+def test_the_sounds_are_frozen():
+    hashes = {}
+    for name in demo.CLASSES:
+        samples = int16(demo.synthesise(name, 1)).tobytes()
+        hashes[name] = hashlib.sha256(samples).hexdigest()[:16]
+    assert hashes == FIRST_CLIPS
 
 
 @pytest.mark.parametrize("name", demo.CLASSES)
@@ -77,46 +83,57 @@ def test_no_silence_and_no_clipping(name):
     peaks = []
     for index in range(1, 5):
         clip = demo.synthesise(name, index)
-        assert clip.shape == (88200,) and clip.dtype == np.float32 and np.isfinite(clip).all()
-        assert np.array_equal(int16(clip) / np.float32(32768), clip)  # a 16-bit file holds it exactly
+        assert clip.shape == (88200,)
+        assert clip.dtype == np.float32
+        assert np.isfinite(clip).all()
+        assert np.array_equal(int16(clip) / np.float32(32768), clip)  # fits a 16-bit file exactly
         assert np.sqrt(np.mean(clip**2)) > 0.001  # -60 dBFS
-        assert (np.abs(clip) == np.abs(clip).max()).sum() < 5  # no flat top
-        peaks.append(np.abs(clip).max())
-    assert 0.06 < min(peaks) and max(peaks) < 0.95 and max(peaks) > 1.5 * min(peaks)
+        peak = np.abs(clip).max()
+        assert (np.abs(clip) == peak).sum() < 5  # not clipped
+        peaks.append(peak)
+    assert min(peaks) > 0.06
+    assert max(peaks) < 0.95
+    assert max(peaks) > 1.5 * min(peaks)
 
 
-def test_families_never_overrun_a_clip():
-    for name, family in demo.FAMILIES.items():
-        for seed in range(5):
-            sound = family(np.random.default_rng(seed))
-            assert sound.shape == (demo.SAMPLES,) and sound.dtype == np.float64 and np.abs(sound).max() > 0, name
+@pytest.mark.parametrize("name", demo.FAMILIES)
+def test_sounds_have_the_length_of_a_clip(name):
+    for seed in range(5):
+        sound = demo.FAMILIES[name](np.random.default_rng(seed))
+        assert sound.shape == (demo.SAMPLES,)
+        assert sound.dtype == np.float64
+        assert np.abs(sound).max() > 0
 
 
-def test_layout(tmp_path, small):
+def test_layout_of_the_folder(tmp_path, small):
     root = demo.write_demo(tmp_path / "deep" / "demo")
     assert root == tmp_path / "deep" / "demo"
-    assert wavs(root) == sorted(f"{c}/{c}_{i:04d}.wav" for c, n in SMALL.items() for i in range(1, n + 1))
+    expected = [f"{name}/{name}_{i:04d}.wav" for name, n in SMALL.items() for i in range(1, n + 1)]
+    assert wav_paths(root) == sorted(expected)
     for path in root.rglob("*.wav"):
         with wave.open(str(path)) as file:
             assert file.getparams()[:4] == (1, 2, 22050, 88200)
-    heard, rate = sf.read(root / "rain" / "rain_0003.wav", dtype="float32")
-    assert rate == 22050 and np.array_equal(heard, demo.synthesise("rain", 3))
+    samples, rate = sf.read(root / "rain" / "rain_0003.wav", dtype="float32")
+    assert rate == 22050
+    assert np.array_equal(samples, demo.synthesise("rain", 3))
     assert "your own" in (root / "README.txt").read_text("utf-8").lower()
-    assert [path.name for path in root.parent.iterdir()] == ["demo"]  # no temporary folder left behind
-    assert root.stat().st_mode & 0o777 == root.parent.stat().st_mode & 0o777  # not for this user alone
+    assert [path.name for path in root.parent.iterdir()] == ["demo"]  # no temporary folder is left
+    assert root.stat().st_mode & 0o777 == root.parent.stat().st_mode & 0o777  # others may read it
 
 
-def test_a_complete_copy_is_left_alone(tmp_path, small, monkeypatch):
+def test_a_complete_copy_is_not_written_again(tmp_path, small, monkeypatch):
     root = demo.write_demo(tmp_path / "demo")
-    (root / "rain" / "mine.wav").write_bytes(b"")  # nor is a stranger looked for
-    monkeypatch.setattr(demo, "synthesise", no_writing)
+    (root / "rain" / "mine.wav").write_bytes(b"")  # other files are not looked for, either
+    monkeypatch.setattr(demo, "synthesise", refuse_to_synthesise)
     assert demo.write_demo(str(root)) == root
 
 
-@pytest.mark.parametrize("harm", ["missing", "short", "no marker", "old version", "no folder", "no readme"])
-def test_a_partial_or_old_copy_is_renewed(tmp_path, small, harm):
+@pytest.mark.parametrize("harm", [
+    "missing", "short", "no marker", "old version", "no folder", "no readme",
+])
+def test_an_incomplete_or_old_copy_is_renewed(tmp_path, small, harm):
     root = demo.write_demo(tmp_path / "demo")
-    good = contents(root)
+    expected = contents(root)
     victim = root / "bell" / "bell_0002.wav"
     if harm == "missing":
         victim.unlink()
@@ -126,75 +143,89 @@ def test_a_partial_or_old_copy_is_renewed(tmp_path, small, harm):
         (root / "siren" / "siren_0001.wav").unlink()
         (root / "siren").rmdir()
     else:
-        victim.write_bytes(bytes(len(victim.read_bytes())))  # the right size, from another recipe
+        victim.write_bytes(bytes(len(victim.read_bytes())))  # the same size, but other sounds
         (root / ".complete").unlink()
         if harm == "old version":
             (root / ".complete").write_text("warble demo 0\n")
         if harm == "no readme":
             (root / "README.txt").unlink()
-    (root / ".DS_Store").write_bytes(b"hidden files are no concern")
+    (root / ".DS_Store").write_bytes(b"hidden files stay")
     assert demo.write_demo(root) == root
-    assert contents(root) == good | {".DS_Store": b"hidden files are no concern"}
+    assert contents(root) == expected | {".DS_Store": b"hidden files stay"}
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
-def test_another_seed_is_another_copy(tmp_path, small):
+def test_another_seed_replaces_every_clip(tmp_path, small):
     root = demo.write_demo(tmp_path / "demo")
-    zero = contents(root)
-    one = contents(demo.write_demo(root, seed=1))
-    assert zero.keys() == one.keys() and all(zero[file] != one[file] for file in wavs(root))
+    seed_0 = contents(root)
+    seed_1 = contents(demo.write_demo(root, seed=1))
+    assert seed_0.keys() == seed_1.keys()
+    for file in wav_paths(root):
+        assert seed_0[file] != seed_1[file]
 
 
-@pytest.mark.parametrize("file", ["dog/dog_0001.wav", "rain/storm.wav", "labels.csv", "rain/rain_0004.wav", ""])
-def test_other_data_is_never_touched(tmp_path, small, monkeypatch, file):
-    mine = tmp_path / "mine" / file  # the last case: a file where the folder should be
-    mine.parent.mkdir(parents=True, exist_ok=True)
-    mine.write_bytes(b"mine")
-    monkeypatch.setattr(demo, "synthesise", no_writing)
+@pytest.mark.parametrize("file", [
+    "dog/dog_0001.wav",
+    "rain/storm.wav",
+    "labels.csv",
+    "rain/rain_0004.wav",
+    "",  # a file in place of the folder
+])
+def test_other_data_is_never_changed(tmp_path, small, monkeypatch, file):
+    root = tmp_path / "mine"
+    path = root / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"mine")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(demo, "synthesise", refuse_to_synthesise)
     with pytest.raises(FileExistsError, match="another folder") as error:
-        demo.write_demo(tmp_path / "mine")
-    assert str(mine) in str(error.value)
-    assert mine.read_bytes() == b"mine" and len(list(tmp_path.rglob("*"))) == len(mine.relative_to(tmp_path).parts)
+        demo.write_demo(root)
+    assert str(path) in str(error.value)
+    assert path.read_bytes() == b"mine"
+    assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_interrupted_writing_leaves_nothing(tmp_path, small, monkeypatch):
-    def stop(name, index, seed):
+def test_an_interruption_leaves_no_files(tmp_path, small, monkeypatch):
+    def stop_at_rain(name, index, seed):
         if name == "rain":
             raise KeyboardInterrupt
         return np.zeros(demo.SAMPLES, np.float32)
 
-    monkeypatch.setattr(demo, "synthesise", stop)
+    monkeypatch.setattr(demo, "synthesise", stop_at_rain)
     with pytest.raises(KeyboardInterrupt):
         demo.write_demo(tmp_path / "demo")
     assert list(tmp_path.iterdir()) == []
 
 
-def _write_beside_another(root, barrier, slow):
-    """In a process of its own: writes the set and moves it into place when the other process does."""
+def write_together(root, barrier, delay):
+    """In its own process: write the data and move it into place when the other process does."""
     rename = os.rename
 
     def rename_together(source, target):
         barrier.wait(30)
-        time.sleep(slow)
+        time.sleep(delay)
         rename(source, target)
 
-    demo.COUNTS, os.rename = SMALL, rename_together
+    demo.COUNTS = SMALL
+    os.rename = rename_together
     demo.write_demo(root)
-    assert len(wavs(root)) == sum(SMALL.values())
+    assert len(wav_paths(root)) == sum(SMALL.values())
 
 
 @pytest.mark.parametrize("before", ["nothing", "old copy"])
-def test_two_writers_at_once(tmp_path, small, before):
+def test_two_processes_may_write_at_once(tmp_path, small, before):
     root = tmp_path / "demo"
     if before == "old copy":
         demo.write_demo(root, seed=7)
     spawn = multiprocessing.get_context("spawn")
     barrier = spawn.Barrier(2)
-    both = [spawn.Process(target=_write_beside_another, args=(root, barrier, slow)) for slow in (0.0, 0.05)]
-    for process in both:
+    processes = []
+    for delay in (0.0, 0.05):
+        process = spawn.Process(target=write_together, args=(root, barrier, delay))
         process.start()
-    for process in both:
+        processes.append(process)
+    for process in processes:
         process.join(60)
-    assert [process.exitcode for process in both] == [0, 0]
+    assert [process.exitcode for process in processes] == [0, 0]
     assert contents(root) == contents(demo.write_demo(tmp_path / "alone"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "demo"]

@@ -117,4 +117,4 @@ def test_the_samplers_frequencies_are_printed_and_happen(tones, tmp_path, monkey
     assert program(monkeypatch, tmp_path, "--sampler", "balanced", "--epochs", 1, data=tones) == 0
     assert "sampler balanced: clips of a class in an epoch" in capsys.readouterr().out
     assert sum(int(row["clips"]) for row in rows(tmp_path / "run" / "steps.csv")) == len(
-        (tmp_path / "run" / "heard.csv").read_text().splitlines()) - 1
+        (tmp_path / "run" / "coverage.csv").read_text().splitlines()) - 1

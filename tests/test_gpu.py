@@ -13,7 +13,7 @@ from core.precision import Precision
 from data.augment import Augment
 from data.cache import WaveCache
 from data.clips import Batch, Clips, evaluation_batches
-from data.manifest import load_manifest
+from data.load import load_manifest
 from data.scan import scan
 from evaluate import window_scores
 from losses import FocalLoss
@@ -104,7 +104,7 @@ def test_loaded_batches_are_pinned_and_resident_ones_are_the_same(tmp_path):
     clips = Clips(manifest, 16000, 9000, cache=WaveCache(tmp_path / "cache", 16000))
     loaded = list(evaluation_batches(clips, np.arange(6), 4, pin=True))
     assert all(batch.wave.is_pinned() and batch.target.is_pinned() for batch in loaded)
-    clips.reside(torch.device("cuda"))
+    clips.load_into_memory(torch.device("cuda"))
     for batch, other in zip(loaded, evaluation_batches(clips, np.arange(6), 4), strict=True):
         assert other.wave.is_cuda and torch.equal(other.wave.cpu(), batch.wave)
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from data.audio import AUDIO_SUFFIXES
-from data.manifest import DataError, Manifest, load_manifest
+from data.load import load_manifest
+from data.manifest import DataError, Manifest
 
 
 def touch(folder, *paths):
@@ -515,14 +516,14 @@ def test_take_and_dict(tmp_path):
     manifest = load_manifest(table(tmp_path, text))
     manifest.duration = np.arange(4, dtype=np.float32)
     for rows in ([2, 0], np.array([2, 0]), np.array([True, False, True, False]), []):
-        picked = manifest.take(rows)
+        picked = manifest.select(rows)
         order = np.arange(4)[rows]
         assert picked.paths == [manifest.paths[row] for row in order] and len(picked) == len(order)
         for name in ("labels", "end", "group", "split", "fold", "duration"):
             assert np.array_equal(getattr(picked, name), getattr(manifest, name)[order], equal_nan=True)
         assert picked.classes == manifest.classes and picked.root == manifest.root
-    assert manifest.take([3]).counts().tolist() == [0, 0, 1]
-    picked = manifest.take([0, 1])
+    assert manifest.select([3]).counts().tolist() == [0, 0, 1]
+    picked = manifest.select([0, 1])
     picked.split[:], picked.notes[:] = 2, ["new"]
     assert manifest.split.tolist() == [0, 1, 2, 0] and manifest.notes != ["new"]  # no shared state
 

@@ -27,7 +27,8 @@ import soundfile as sf
 
 from conftest import ROOT, tone
 from data import named
-from data.manifest import DataError, load_manifest
+from data.load import load_manifest
+from data.manifest import DataError
 from data.named import SOURCES, credit, fetch, find_data
 
 FILES = {name: source.file for name, source in SOURCES.items()}
@@ -182,7 +183,7 @@ def left(cache):
 
 def refused(name, cache, *words):
     with pytest.raises(DataError) as caught:
-        fetch(name, cache, say=lambda line: None)
+        fetch(name, cache, log=lambda line: None)
     message = str(caught.value)
     assert message.isprintable() and message.startswith(f"--data {name}: "), message
     assert all(word in message for word in words), message
@@ -221,7 +222,7 @@ def test_fetched_once_unpacked_and_read(name, server, put, tmp_path):
 def test_speech_commands_has_the_splits_and_speakers_of_torchaudio(server, put, tmp_path):
     from torchaudio.datasets import SPEECHCOMMANDS
     put("speechcommands")
-    home = fetch("speechcommands", tmp_path, say=lambda line: None)
+    home = fetch("speechcommands", tmp_path, log=lambda line: None)
     manifest = load_manifest(home)
     (tmp_path / "SpeechCommands").mkdir()
     (tmp_path / "SpeechCommands" / "speech_commands_v0.02").symlink_to(home)
@@ -261,14 +262,14 @@ def test_a_broken_fetch_goes_on_where_it_stopped(server, put, tmp_path):
     files = put("speechcommands")
     n = len(server.data)
     server.breaks = [n // 3, n // 3]
-    assert tree(fetch("speechcommands", tmp_path, say=lambda line: None)) == files
+    assert tree(fetch("speechcommands", tmp_path, log=lambda line: None)) == files
     assert server.asked == [(None, 200), (f"bytes={n // 3}-", 206), (f"bytes={2 * (n // 3)}-", 206)]
 
 
 def test_a_server_without_ranges_starts_again(server, put, tmp_path):
     files = put("speechcommands")
     server.breaks, server.ranges = [len(server.data) // 2], False
-    assert tree(fetch("speechcommands", tmp_path, say=lambda line: None)) == files
+    assert tree(fetch("speechcommands", tmp_path, log=lambda line: None)) == files
     assert [status for _, status in server.asked] == [200, 200] and server.asked[1][0]
 
 
@@ -276,7 +277,7 @@ def test_a_server_without_ranges_starts_again(server, put, tmp_path):
 def test_without_a_strong_mark_nothing_is_continued(etag, server, put, tmp_path):
     files = put("esc50")
     server.breaks, server.etag, server.rude = [len(server.data) // 2], etag, True
-    assert tree(fetch("esc50", tmp_path, say=lambda line: None)) == files
+    assert tree(fetch("esc50", tmp_path, log=lambda line: None)) == files
     assert server.asked == [(None, 200), (None, 200)]
 
 
@@ -289,7 +290,7 @@ def test_a_file_that_changed_in_between_is_not_mixed(rude, server, put, tmp_path
     new = esc50()
     new["ESC-50-master/README.md"] = b"another one of the same length" * 9
     files, server.etag = put("esc50", new), '"two"'
-    assert tree(fetch("esc50", tmp_path, say=lambda line: None)) == files
+    assert tree(fetch("esc50", tmp_path, log=lambda line: None)) == files
     assert server.asked[2:] == ([(f"bytes={half}-", 206), (None, 200)] if rude else [(f"bytes={half}-", 200)])
 
 
@@ -298,7 +299,7 @@ def test_a_file_that_became_shorter(server, put, tmp_path):
     server.breaks, server.statuses, server.rude = [len(server.data) - 10], [200, 404], True
     refused("esc50", tmp_path)
     files = put("esc50", {name: data for name, data in esc50().items() if "20" not in name and name[-5] != "1"})
-    assert tree(fetch("esc50", tmp_path, say=lambda line: None)) == files
+    assert tree(fetch("esc50", tmp_path, log=lambda line: None)) == files
     assert [status for _, status in server.asked[2:]] == [416, 200]
 
 
@@ -312,7 +313,7 @@ def test_a_server_that_never_gets_to_the_end(server, put, tmp_path):
 def test_chunks_that_break_off(server, put, tmp_path):
     files = put("esc50")  # as GitHub gives it: no length, no ranges
     server.chunked, server.ranges, server.breaks = True, False, [len(server.data) // 2]
-    assert tree(fetch("esc50", tmp_path, say=lambda line: None)) == files
+    assert tree(fetch("esc50", tmp_path, log=lambda line: None)) == files
     assert [status for _, status in server.asked] == [200, 200]
 
 
@@ -338,7 +339,7 @@ def test_without_a_network_one_line_says_where_to_put_the_file(server, put, tmp_
     assert archive == tmp_path / "datasets" / FILES["urbansound8k"] and server.asked == []
     archive.write_bytes(server.data)
     archive.with_name(archive.name + ".part").write_bytes(b"of an earlier try")
-    home = fetch("urbansound8k", tmp_path, say=lambda line: None)
+    home = fetch("urbansound8k", tmp_path, log=lambda line: None)
     assert len(load_manifest(home)) == 6 and archive.read_bytes() == server.data  # a person's file stays
     assert left(tmp_path) == [archive.name, "urbansound8k"]
     monkeypatch.setenv("WARBLE_DATASETS_URL", "/some/folder")
@@ -386,7 +387,7 @@ def test_a_wrong_hash_is_removed_and_the_right_file_can_follow(name, server, put
     assert archive.read_bytes() == server.data
     archive.unlink()
     server.data = right
-    assert tree(fetch(name, tmp_path, say=lambda line: None)) == files
+    assert tree(fetch(name, tmp_path, log=lambda line: None)) == files
 
 
 def member(name, kind, link="", **fields):
@@ -439,7 +440,7 @@ def test_hostile_archives_write_nothing_outside(case, server, put, tmp_path):
 def test_links_within_are_left_out(server, put, tmp_path):
     files = put("urbansound8k", urbansound8k() | {"l": member("UrbanSound8K/audio/link", tarfile.SYMTYPE, "../metadata"),
                                                   "h": member("UrbanSound8K/h", tarfile.LNKTYPE, "UrbanSound8K/x")})
-    assert tree(fetch("urbansound8k", tmp_path, say=lambda line: None)).keys() == files.keys() - {"l", "h"}
+    assert tree(fetch("urbansound8k", tmp_path, log=lambda line: None)).keys() == files.keys() - {"l", "h"}
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -449,7 +450,7 @@ def test_damaged_bytes_anywhere_are_a_line(name, server, put, tmp_path):
     for i, at in enumerate(np.linspace(0, len(whole) - 1, 25).astype(int)):
         server.data = whole[:at] if i % 2 else whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1:]
         try:
-            home = fetch(name, tmp_path / str(i), say=lambda line: None)
+            home = fetch(name, tmp_path / str(i), log=lambda line: None)
         except DataError as error:
             assert "damaged" in str(error) or "has no" in str(error) or "lies outside" in str(error), error
         else:  # in what the checksums do not cover: names, dates, the tail of a tar
@@ -486,7 +487,7 @@ def test_a_full_disk_keeps_what_there_is(server, put, tmp_path):
     out, said = process("esc50", tmp_path, preexec_fn=largest_file(room)).communicate()
     assert said.startswith("refused --data esc50") and "File too large" in said and "free some space" in said, said + out
     assert (tmp_path / "datasets" / (FILES["esc50"] + ".part")).stat().st_size == room
-    assert tree(fetch("esc50", tmp_path, say=lambda line: None)) == files
+    assert tree(fetch("esc50", tmp_path, log=lambda line: None)) == files
     assert server.asked == [(None, 200), (f"bytes={room}-", 206)]
 
 
@@ -497,7 +498,7 @@ def test_a_disk_that_fills_up_in_unpacking_keeps_the_archive(server, put, tmp_pa
     out, said = process("esc50", tmp_path, preexec_fn=largest_file(room)).communicate()
     assert said.startswith("refused --data esc50") and "free some space" in said, said + out
     assert left(tmp_path) == [FILES["esc50"] + ".part", FILES["esc50"] + ".part.json"]
-    assert tree(fetch("esc50", tmp_path, say=lambda line: None)) == files and server.asked == [(None, 200)]
+    assert tree(fetch("esc50", tmp_path, log=lambda line: None)) == files and server.asked == [(None, 200)]
 
 
 def test_killed_on_the_way_and_gone_on_with_in_a_new_process(server, put, tmp_path):
@@ -526,7 +527,7 @@ def test_killed_before_the_unpacked_folder_has_its_name(server, put, tmp_path):
     kill = "import os\nos.rename = lambda *_: os.kill(os.getpid(), 9)"
     assert process("esc50", tmp_path, kill).wait() == -signal.SIGKILL
     assert any(name.startswith(".esc50-") for name in left(tmp_path)) and "esc50" not in left(tmp_path)
-    assert tree(fetch("esc50", tmp_path, say=lambda line: None)) == files
+    assert tree(fetch("esc50", tmp_path, log=lambda line: None)) == files
     assert left(tmp_path) == ["esc50"] and server.asked == [(None, 200)]  # the archive was whole
 
 
@@ -539,7 +540,7 @@ def test_killed_between_the_notes_and_the_bytes_of_a_file_that_changed(server, p
     files, server.etag = put("esc50", new), '"two"'
     kill = "import os\nwrite = named.write_atomic\nnamed.write_atomic = lambda *a: (write(*a), os.kill(os.getpid(), 9))"
     assert process("esc50", tmp_path, kill).wait() == -signal.SIGKILL
-    assert tree(fetch("esc50", tmp_path, say=lambda line: None)) == files
+    assert tree(fetch("esc50", tmp_path, log=lambda line: None)) == files
 
 
 def test_two_processes_at_once_fetch_once(server, put, tmp_path):

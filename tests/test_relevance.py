@@ -60,7 +60,7 @@ def test_only_the_patch_that_can_matter_does():
     assert relevance.flatten().count_nonzero() == 1
     with torch.no_grad():  # leaving patches out one by one finds the same one
         whole = model(spec)[0, 1]
-        without = [model(spec, kept=torch.tensor([[i for i in range(44) if i != left]]))[0, 1] for left in range(44)]
+        without = [model(spec, patch_ids=torch.tensor([[i for i in range(44) if i != left]]))[0, 1] for left in range(44)]
     assert int(torch.stack(without).argmin()) == 11 * row + column and without[11 * row + column] < whole - 0.1
     assert patch_relevance(model, spec, torch.tensor([0])).count_nonzero() == 0  # nothing speaks for the other class
 
@@ -94,7 +94,7 @@ def test_removing_what_it_names_hurts_a_trained_model_more_than_removing_other_p
 
     def left(kept):
         with torch.no_grad():
-            return float(model(spec, kept=kept.sort(dim=1)[0]).softmax(dim=1).gather(1, label[:, None]).mean())
+            return float(model(spec, patch_ids=kept.sort(dim=1)[0]).softmax(dim=1).gather(1, label[:, None]).mean())
 
     assert left(order) > 0.95 and left(others[:, 8:]) > left(order[:, 8:]) + 0.2
     columns = relevance.amax(dim=1).argmax(dim=1)  # the patch column with the peak is one that holds the burst

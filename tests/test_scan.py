@@ -15,7 +15,8 @@ import soundfile as sf
 
 import data.scan
 from data.audio import AudioInfo
-from data.manifest import Manifest, load_manifest
+from data.load import load_manifest
+from data.manifest import Manifest
 from data.scan import codes, printable, scan, summary, unite, write_atomic, write_bad_files
 
 
@@ -178,7 +179,7 @@ def test_the_index_spares_opening(folder, tmp_path):
     full = scan(manifest, index, True)
     assert full.fresh == 4 and full.full and same(first, full)
     assert scan(manifest, index, True).fresh == scan(manifest, index, False).fresh == 0
-    part = scan(manifest.take([3, 1]), index, True)
+    part = scan(manifest.select([3, 1]), index, True)
     assert part.fresh == 0 and part.duplicates == []
 
 
@@ -462,7 +463,7 @@ def test_write_atomic_permissions(tmp_path):
 
 
 def test_real_recordings(esc10, tmp_path):
-    manifest = load_manifest(esc10).take(slice(0, 400, 8))
+    manifest = load_manifest(esc10).select(slice(0, 400, 8))
     headers, full = scan(manifest, tmp_path / "index", False), scan(manifest, tmp_path / "index", True)
     assert headers.ok.all() and full.ok.all() and set(full.rate) == {44100} and full.duplicates == []
     assert 0 < full.duration.min() and full.duration.max() < 10

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.manifest import SPLITS, DataError, Manifest, load_manifest
+from data.load import load_manifest
+from data.manifest import SPLITS, DataError, Manifest
 from data.splits import assign_splits, audit, drop_rare, split_hash, write_split
 
 
@@ -145,7 +146,7 @@ def test_few_clips():
 
 
 def test_a_class_whose_clips_are_all_gone_is_told():
-    manifest = make(["a"] * 9 + ["b"] * 9 + ["c"] * 2).take(range(18))
+    manifest = make(["a"] * 9 + ["b"] * 9 + ["c"] * 2).select(range(18))
     assert "classes without a clip, such as all of them broken: c" in assign_splits(manifest, [])
     assert table_of(manifest)[:, 2].tolist() == [0, 0, 0]
 
@@ -177,7 +178,7 @@ def test_order_of_rows_does_not_matter_but_the_seed_does():
     wanted = dict(zip(manifest.paths, manifest.split.tolist()))
     for _ in range(10):
         order = rng.permutation(len(manifest))
-        other = manifest.take(order)
+        other = manifest.select(order)
         other.split[:] = -1
         other.group = rng.permutation(10**5)[other.group].astype(np.int32)  # other codes too
         where = np.argsort(order)
@@ -351,12 +352,12 @@ def test_split_hash():
     manifest = odd_manifest()
     first = split_hash(manifest)
     assert len(first) == hashlib.sha256().digest_size * 2
-    assert split_hash(manifest.take([3, 1, 0, 2, 7, 6, 5, 4])) == first
-    group = manifest.take(np.arange(8))
+    assert split_hash(manifest.select([3, 1, 0, 2, 7, 6, 5, 4])) == first
+    group = manifest.select(np.arange(8))
     group.group[:] = 0
     assert split_hash(group) == first
     for name, value in (("split", 1), ("start", 0.5), ("end", 9.0), ("labels", 1)):
-        other = manifest.take(np.arange(8))
+        other = manifest.select(np.arange(8))
         getattr(other, name)[0] = value
         assert split_hash(other) != first, name
     manifest.paths[0] = "plain.wav2"

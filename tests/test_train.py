@@ -22,7 +22,7 @@ from metrics import fit_temperature
 from core.checkpoint import load_checkpoint
 from core.precision import Precision
 from data.augment import Augment
-from data.clips import Batch, epoch_order, epoch_windows
+from data.clips import Batch, epoch_order, epoch_steps
 from losses import FocalLoss
 from model.ast import AST, ASTConfig
 from model.frontend import build_frontend, FrontendConfig
@@ -424,6 +424,6 @@ def test_an_epoch_has_every_clip_once_in_full_windows():
     order = epoch_order(np.arange(100, 123), seed=0, epoch=4)
     assert sorted(order) == list(range(100, 123))
     assert order.tolist() != epoch_order(np.arange(100, 123), 0, 5).tolist()
-    windows = epoch_windows(order, 4, 8)
+    windows = epoch_steps(order, 4, 8)
     assert [[len(m) for m in w] for w in windows] == [[4, 4], [4, 4], [4, 3]]
     assert [row for w in windows for m in w for row in m] == order.tolist()

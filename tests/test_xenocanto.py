@@ -5,7 +5,8 @@ import io
 import numpy as np
 import pytest
 
-from data.manifest import DataError, load_manifest
+from data.load import load_manifest
+from data.manifest import DataError
 
 # Columns in the order of the API's answer (v2; v3 calls group grp).
 API = ("id gen sp ssp group en rec cnt loc lat lng alt type sex stage method url file file-name lic q length time date uploaded "

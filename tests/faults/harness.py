@@ -1,4 +1,4 @@
-"""Runs of the program inside the test's own process, stopped, broken and continued at chosen places."""
+"""Run the program within the test's process; stop, break and continue it at chosen places."""
 import contextlib
 import csv
 import hashlib
@@ -8,116 +8,143 @@ import signal
 import torch
 
 import train
-from core.checkpoint import load_checkpoint
-from core.precision import Precision
+from core.device.precision import Precision
+from core.exits import ending_of, print_error
+from core.run.checkpoint import load_checkpoint
+from core.run.signals import SIGNALS
 from report import pictures
 
-TINY = ["--weights", "none", "--dim", "16", "--depth", "1", "--heads", "2", "--seconds", "0.9", "--device", "cpu", "--amp",
-        "off", "--lr-backbone", "1e-3", "--lr-head", "2e-3", "--epochs", "2", "--batch-size", "2", "--effective-batch", "6",
-        "--warmup-epochs", "0.5", "--freq-mask", "8", "--time-mask", "8", "--mixup-alpha", "0.4", "--drop-path", "0.2",
-        "--save-every", "0", "--ema", "0.8", "--sampler", "sqrt", "--crop", "active", "--noise-p", "0.5", "--gain", "6",
-        "--filter-p", "0.5", "--patchout", "0.3", "--layer-decay", "0.8", "--logit-adjust", "0.5", "--freeze-epochs", "1"]
-TIMED = ("seconds", "clips_per_second", "peak_memory_mb")  # columns that may differ between equal runs
+TINY = [
+    "--weights", "none", "--dim", "16", "--depth", "1", "--heads", "2", "--seconds", "0.9",
+    "--device", "cpu", "--amp", "off", "--lr-backbone", "1e-3", "--lr-head", "2e-3",
+    "--epochs", "2", "--batch-size", "2", "--effective-batch", "6", "--warmup-epochs", "0.5",
+    "--freq-mask", "8", "--time-mask", "8", "--mixup-alpha", "0.4", "--drop-path", "0.2",
+    "--save-every", "0", "--ema", "0.8", "--sampler", "sqrt", "--crop", "active",
+    "--noise-p", "0.5", "--gain", "6", "--filter-p", "0.5", "--patchout", "0.3",
+    "--layer-decay", "0.8", "--logit-adjust", "0.5", "--freeze-epochs", "1",
+]
+TIMED_COLUMNS = ("seconds", "clips_per_second", "peak_memory_mb")  # differ between equal runs
+PICTURES = ("schedule", "batch", "curves", "confusion")
 
 
 @contextlib.contextmanager
-def calm(monkeypatch):
-    """No pictures, no page, and the signal handlers of before afterwards."""
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+def without_pictures(monkeypatch):
+    """No pictures and no report; the signal handlers of before are put back at the end."""
+    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
     with monkeypatch.context() as patch:
-        for name in ("schedule", "batch", "curves", "confusion"):
+        for name in PICTURES:
             patch.setattr(pictures, name, lambda *_, **__: None)
         patch.setattr(train, "write_report", lambda *_: "")
         try:
             yield patch
         finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
 
 
 def program(monkeypatch, folder, *flags, data=None, prepare=None):
-    """train.main with the run in `folder` -> exit code, as the process would have it; a new tiny run where
-    `data` is given. `prepare(patch)` may break things."""
-    with calm(monkeypatch) as patch:
+    """Run train.main in `folder` -> exit code, as the process would have it.
+
+    data: start a new tiny run with these recordings. `prepare(patch)` may break things.
+    """
+    with without_pictures(monkeypatch) as patch:
         patch.setenv("HOME", str(folder))
         if prepare:
             prepare(patch)
         new = ["--data", str(data), *TINY] if data else []
         try:
             return train.main([*new, "--run-dir", str(folder / "run"), *map(str, flags)])
-        except train.INPUT_ERRORS as error:
-            return train.fail(error)
-        except train.NUMBERS_ERRORS as error:
-            return train.fail(error, 3)
         except SystemExit as stop:
             return stop.code
+        except Exception as error:
+            ending = ending_of(error)
+            if ending is None:
+                raise
+            code, message = ending
+            if message:
+                print_error(message)
+            return code
 
 
-def rows(path, without=TIMED):
-    """The rows of a CSV of a run, without what a clock or the machine put there."""
+def rows(path, without=TIMED_COLUMNS):
+    """The rows of a run's CSV, without the columns that a clock or the machine decides."""
     with open(path, newline="", encoding="utf-8") as file:
-        return [{name: value for name, value in row.items() if name not in without} for row in csv.DictReader(file)]
+        return [{name: value for name, value in row.items() if name not in without}
+                for row in csv.DictReader(file)]
 
 
 def outcome(run):
-    """All that must be the same in two equal runs: the rows of its files and a hash of its final state."""
-    state = load_checkpoint(run / "last.pt")
+    """All that must be the same in two equal runs: tables, and a hash of the final state."""
+    checkpoint = load_checkpoint(run / "last.pt")
     digest = hashlib.sha256()
-    for part in (state["model"], state["ema"] or {}, *state["optimizer"]["state"].values()):
-        for key in sorted(part):
-            digest.update(part[key].float().numpy().tobytes())
-    progress = {name: value for name, value in state["progress"].items() if name != "seconds"}
-    return {"steps": rows(run / "steps.csv"), "history": rows(run / "history.csv"), "progress": progress,
-            "schedule": state["schedule"], "scaler": state["scaler"], "weights": digest.hexdigest()}
+    moments = checkpoint["optimizer"]["state"].values()
+    for tensors in (checkpoint["model"], checkpoint["ema"] or {}, *moments):
+        for name in sorted(tensors):
+            digest.update(tensors[name].float().numpy().tobytes())
+    progress = {name: value for name, value in checkpoint["progress"].items() if name != "seconds"}
+    return {
+        "steps": rows(run / "steps.csv"),
+        "history": rows(run / "history.csv"),
+        "progress": progress,
+        "schedule": checkpoint["schedule"],
+        "scaler": checkpoint["scaler"],
+        "weights": digest.hexdigest(),
+    }
 
 
 def both(*prepares):
+    """One `prepare` that does several."""
     def prepare(patch):
-        for one in prepares:
-            one(patch)
+        for each in prepares:
+            each(patch)
     return prepare
 
 
 def stop_at(step, signum=signal.SIGTERM):
-    """-> prepare: the signal comes in the middle of that optimiser step, counted from 1 in this process."""
+    """-> prepare: the signal arrives during that optimizer step, counted from 1 in this process."""
     def prepare(patch):
-        real, done = train.train_step, [0]
+        real_step, n_done = train.train_step, 0
 
         def train_step(*args):
-            done[0] += 1
-            if done[0] == step:
+            nonlocal n_done
+            n_done += 1
+            if n_done == step:
                 os.kill(os.getpid(), signum)
-            return real(*args)
+            return real_step(*args)
         patch.setattr(train, "train_step", train_step)
     return prepare
 
 
-def record_clips(into):
-    """-> prepare: the clips of every micro-batch of every step are appended to `into`."""
+def record_clips(record):
+    """-> prepare: append the rows of every micro-batch of every step to the list `record`."""
     def prepare(patch):
-        real = train.train_step
+        real_step = train.train_step
 
-        def train_step(t, window, *rest):
-            into.append([batch.rows.tolist() for batch in window])
-            return real(t, window, *rest)
+        def train_step(learner, micro_batches, *rest):
+            record.append([batch.rows.tolist() for batch in micro_batches])
+            return real_step(learner, micro_batches, *rest)
         patch.setattr(train, "train_step", train_step)
     return prepare
 
 
-class Scaled(Precision):
-    """float32 with a live gradient scaler, which a CPU would not have: its scale moves every few steps."""
+class ScaledPrecision(Precision):
+    """float32 with an active gradient scaler, whose scale changes every few steps.
+
+    On a CPU the program itself never has one.
+    """
 
     def __init__(self, init_scale=2.0**10):
         super().__init__(torch.device("cpu"), None, "scaled for the test")
-        self.kept = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=3)
+        self._scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=3)
 
     @property
     def scaler(self):
-        return self.kept
+        return self._scaler
 
     def on(self, device, plain=False):
         return self
 
 
 def scaled(patch):
-    patch.setattr(train, "choose_precision", lambda device, amp: Scaled())
+    """prepare: train with a ScaledPrecision."""
+    patch.setattr(train, "choose_precision", lambda device, amp: ScaledPrecision())

@@ -19,7 +19,7 @@ from core.distributed import Ranks
 from metrics import point_metrics
 from core.precision import Precision
 from data.clips import Clips, evaluation_batches
-from data.manifest import load_manifest
+from data.load import load_manifest
 from data.scan import scan
 from losses import CrossEntropy
 from model.ast import AST, ASTConfig
@@ -87,7 +87,7 @@ class Fixed(torch.nn.Module):
 def seventeen(tones):
     manifest = load_manifest(tones)
     manifest.duration = scan(manifest, None, False).duration
-    return manifest.take(np.arange(48)[::3][:17].tolist() + [1])
+    return manifest.select(np.arange(48)[::3][:17].tolist() + [1])
 
 
 def share(n, rank, ranks):

@@ -1,0 +1,133 @@
+"""From flags to what a training run needs: recordings, model, clips, batch size."""
+import math
+from collections.abc import Callable
+
+import torch
+
+import flags
+from core.device.compiled import compile_for
+from core.device.memory import largest_batch
+from core.learner import Learner
+from core.run.checkpoint import as_checkpoint_error, load_checkpoint
+from core.scoring import restore
+from data.cache import WaveCache, choose_cache
+from data.clips import Batch, Clips
+from data.manifest import Manifest
+from data.named import credit
+from data.prepare import cache_folder, noise_recordings, prepare
+from losses import SIGMOID_LOSSES
+from model.ast import AST
+from model.frontend import build_frontend
+from model.pretrained import load_pretrained
+
+
+def load_data(args, checkpoint, distributed) -> tuple[Manifest, list[tuple[str, str]]]:
+    """The clips with their splits, and (path, reason) of unreadable files."""
+    if checkpoint is None:
+        manifest, bad_files = distributed.on_first_rank(lambda: prepare(
+            args.data, args.audio_dir, args.fold, args.min_clips, args.max_bad_share, args.scan,
+            args.seed, args.cache_dir, multi_label=args.loss in SIGMOID_LOSSES))
+    else:
+        with as_checkpoint_error(checkpoint.path):
+            manifest = Manifest.from_dict(checkpoint["manifest"])
+            bad_files = [(path, reason) for path, reason in checkpoint["bad_files"]]
+            if manifest.multi_label and args.loss not in SIGMOID_LOSSES:
+                raise ValueError("its clips have several labels, which its loss cannot learn")
+    for line in credit(manifest.root):
+        print(f"  {line}")
+    counts = ", ".join(f"{len(manifest.rows(split))} {split}" for split in ("train", "val", "test"))
+    print(f"  {len(manifest.classes)} classes; {counts}")
+    return manifest, bad_files
+
+
+def build_model(args, manifest, checkpoint, device, distributed):
+    """(model, front end, where the weights come from): new, pretrained or from the checkpoint."""
+    torch.manual_seed(args.seed)
+    if checkpoint is not None:
+        model, frontend = restore(checkpoint, device, averaged=False)
+        weights = checkpoint["weights"]
+    else:
+        model = AST(flags.model_config(args, len(manifest.classes)))
+        frontend = build_frontend(flags.frontend_config(args)).to(device)
+        weights = f"none (random, seed {args.seed})"
+        if args.weights != "none":
+            report = distributed.on_first_rank(lambda: load_pretrained(
+                model, args.weights, own_reader=load_checkpoint, frontend=frontend.config))
+            model.set_grid(report.columns)  # on ranks that have not loaded the weights
+            weights = f"{report.source}, sha256 {report.sha256}"
+            print("\n".join(report.lines()))
+    model.to(device).checkpointing = args.checkpointing
+    distributed.broadcast_parameters(model)
+    return model, frontend, weights
+
+
+def open_clips(args, manifest, learner) -> Clips:
+    """The waveforms of the manifest, with a cache and background noise if asked for."""
+    rate, device, ranks = learner.frontend.config.sample_rate, learner.device, learner.distributed
+    n_samples = round(args.seconds * rate)
+    clips = Clips(manifest, rate, n_samples, args.short, args.seed, crop=args.crop)
+    cache = WaveCache(cache_folder(args.cache_dir) / "audio", rate)
+    args.cache, reason = ranks.on_first_rank(lambda: choose_cache(
+        args.cache, clips.bytes, clips.longest, device, cache.folder))
+    print(f"cache: {args.cache} ({reason})")
+    if args.cache != "off":
+        clips.cache = cache
+    if args.noise_p and args.noise_dir:
+        noise = ranks.on_first_rank(lambda: noise_recordings(args.noise_dir, args.cache_dir))
+        print(f"noise: quiet segments of {len(noise)} recordings in {noise.root}")
+        source = Clips(noise, rate, n_samples, args.short, cache=clips.cache)
+        clips.set_noise(args.noise_p, range(len(noise)), source)
+    elif args.noise_p:
+        clips.set_noise(args.noise_p, manifest.rows("train"))
+    if args.cache in ("ram", "device") and not args.smoke:
+        clips.load_into_memory(device if args.cache == "device" else torch.device("cpu"),
+                               show_progress=ranks.is_first)
+    return clips
+
+
+def fit_to_device(args, learner: Learner, accumulate: Callable) -> int:
+    """Find the batch size if it is "auto", and compile the model if asked for -> batch size.
+
+    accumulate: train.py's forward and backward pass.
+    """
+    n_samples = round(args.seconds * learner.frontend.config.sample_rate)
+
+    def attempt(size):
+        """Forward and backward of a silent micro-batch, to see whether it can be done."""
+        silence = Batch(torch.zeros(size, n_samples), torch.zeros(size, dtype=torch.long),
+                        rows=torch.arange(size).numpy(), broken=[])
+        try:
+            accumulate(learner, [silence], 0, size)
+        finally:
+            learner.zero_grad()
+
+    size, ranks = args.batch_size, learner.distributed
+    learner.model.train()
+    if size == "auto":
+        sizes = divisors_up_to_share(args.effective_batch, ranks.size)
+        # AdamW's moments come later and need room, too.
+        moments = [torch.empty_like(p) for p in learner.model.parameters() for _ in range(2)]
+        size = min(ranks.all_gather(largest_batch(sizes, attempt, learner.device)))
+        del moments
+        print(f"--batch-size auto: {size} clips fit at once")
+    if args.compile != "off":
+        compile_for(learner, size, args.compile == "graphs", attempt)
+    return size
+
+
+def divisors_up_to_share(effective_batch: int, n_ranks: int) -> list[int]:
+    """Divisors of the effective batch that are at most a rank's share of it, rising."""
+    share = math.ceil(effective_batch / n_ranks)
+    return [size for size in range(1, share + 1) if effective_batch % size == 0]
+
+
+def loading(args, device) -> dict:
+    """How batches are loaded: worker processes, and page-locked memory for a GPU."""
+    is_cuda = device.type == "cuda"
+    default = min(8, torch.get_num_threads()) if is_cuda else 0
+    return {"workers": default if args.workers < 0 else args.workers, "pin": is_cuda}
+
+
+def reads_late(args, device) -> bool:
+    """Whether results of a step are read one step later, so that the host never waits."""
+    return device.type == "cuda" and not args.plain

@@ -1,0 +1,1 @@
+"""The device: precision, memory, several processes, compiled models."""

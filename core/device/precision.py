@@ -1,0 +1,124 @@
+"""Where to compute and in which precision, decided once at the start and printed."""
+import contextlib
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from util import InputError
+
+
+class DeviceError(InputError):
+    """A device or precision that is not available here."""
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device for "auto", "cpu", "cuda", "cuda:1" or "mps"; raises DeviceError.
+
+    Of several processes on one machine, each takes the GPU of its own local rank.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(
+            f"--device {name}: unknown device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise DeviceError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise DeviceError(f"--device {name}: there are {torch.cuda.device_count()} CUDA "
+                              "devices, counted from 0")
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError(f"--device {name}: not available here; use --device cpu")
+    elif device.type not in ("cpu", "mps"):
+        raise DeviceError(f"--device {name}: not supported; use auto, cpu, cuda or cuda:N")
+    return device
+
+
+@dataclass
+class Precision:
+    """The dtype that autocast computes in (None: float32), the reason, and the fp16 scaler."""
+    device: torch.device
+    dtype: torch.dtype | None
+    reason: str
+    cast_once: bool = True
+
+    @cached_property
+    def scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+
+    def on(self, device: torch.device, plain: bool = False) -> "Precision":
+        """The same for another device of the type; plain: cast weights for each micro-batch."""
+        return replace(self, device=device, cast_once=not plain)
+
+    def autocast(self) -> AbstractContextManager:
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def cast_weights_once(self) -> AbstractContextManager:
+        """Put this around all micro-batches of a step.
+
+        Autocast caches its copies of the weights until the outermost region ends, so they are cast
+        once per step instead of once per micro-batch. Nothing else is cast in this outer region.
+        """
+        if self.dtype is None or not self.cast_once:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype, enabled=False)
+
+    @property
+    def name(self) -> str:
+        return {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+
+    @property
+    def mode(self) -> str:
+        """The value of --amp that gives this precision."""
+        return "off" if self.dtype is None else self.name
+
+
+def choose_precision(device: torch.device, mode: str) -> Precision:
+    """Precision for `--amp auto|bf16|fp16|off` on a device; raises DeviceError."""
+    if mode == "off":
+        return Precision(device, None, "--amp off")
+    if mode == "fp16" and device.type != "cuda":
+        raise DeviceError(f"--amp fp16: needs a CUDA device, this is {device.type}; use --amp auto")
+    if mode in ("bf16", "fp16"):
+        dtype = torch.bfloat16 if mode == "bf16" else torch.float16
+        return Precision(device, dtype, f"--amp {mode}")
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Precision(device, torch.bfloat16, "the GPU computes in bf16")
+        return Precision(device, torch.float16, "the GPU has no bf16; losses are scaled")
+    if device.type == "cpu":
+        speedup = _bf16_speedup()
+        if speedup >= 1.5:
+            reason = f"matrix products are {speedup:.1f} times as fast in bf16 on this CPU"
+            return Precision(device, torch.bfloat16, reason)
+        reason = f"bf16 matrix products run at {speedup:.2g} of float32's speed on this CPU"
+        return Precision(device, None, reason)
+    return Precision(device, None, f"no mixed precision on {device.type}")
+
+
+def _bf16_speedup() -> float:
+    """How many times as fast as float32 a bf16 matrix product is here.
+
+    It is measured, because what a CPU claims to support says little: without AMX or AVX512-BF16
+    bf16 is emulated, a hundred times slower.
+    """
+    return _product_seconds(torch.float32) / _product_seconds(torch.bfloat16)
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    a, b = torch.ones(64, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,262 @@
+"""`Run`: everything that a training run has on disk, and where it stands."""
+import collections
+import math
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from core.device.distributed import Distributed
+from core.divergence import TrainingError
+from data.manifest import DataError, Manifest
+from data.scan import write_bad_files
+from data.splits import write_split
+from util import write_json
+
+from .checkpoint import Checkpoint, SaveTimer, as_checkpoint_error, link, save_checkpoint
+from .folder import create_run, open_run
+from .log import RunLog
+from .progress import Progress
+from .signals import Interrupted, StopRequest
+
+
+class StepNumbers(NamedTuple):
+    """What one optimizer step gave, over all ranks."""
+    loss_sum: float
+    n_correct: float
+    grad_norm: float
+    applied: float  # 1, or 0 for a step that was skipped because it was not finite
+    scale: float  # of the fp16 loss
+
+
+@dataclass
+class StepResult:
+    """A step's numbers, which need not have been computed yet on a GPU."""
+    numbers: torch.Tensor  # (5,), see StepNumbers
+    losses: list[tuple[np.ndarray, torch.Tensor]]  # rows and loss of each clip on this rank
+    n_clips: int  # over all ranks
+    lrs: dict  # name -> the LR that the step used, a number or a tensor
+
+    def read(self) -> StepNumbers:
+        return StepNumbers(*self.numbers.tolist())  # waits for the GPU
+
+
+class Run:
+    """A run folder, the progress in it, and the step results that are not read yet.
+
+    All ranks have a Run and take the same decisions with it; only the first one writes. What it
+    writes is described in docs/outputs.md.
+    """
+
+    def __init__(self, folder: Path, distributed: Distributed, stop: StopRequest):
+        self.folder, self.distributed, self.stop = folder, distributed, stop
+        self.progress = Progress()
+        self.epoch = 0  # of the loop; progress.epoch is already one higher after an epoch has ended
+        self.calibration = None  # from the last validation
+        self.log = None  # RunLog, on the first rank
+        self._pending = collections.deque()  # step results not read yet
+        self._bar = None
+        self._epoch_started = time.perf_counter()
+        self._cache_problems = set()  # reported once each
+        self._save_reported = False
+
+    @classmethod
+    def open(cls, run_dir: str | None, resume: str | None, data_name: str,
+             distributed: Distributed, stop: StopRequest) -> tuple["Run", Checkpoint | None]:
+        """Find the run's folder, and the checkpoint to continue from if there is one.
+
+        See `folder.open_run` for the four ways in which a run can start.
+        """
+        folder, checkpoint, notes = distributed.on_first_rank(
+            lambda: open_run(run_dir, resume, data_name))
+        for note in notes:
+            print(note)
+        return cls(folder, distributed, stop), checkpoint
+
+    # --- start ---
+
+    def create(self, manifest: Manifest, bad_files: list, info: dict, may_exist: bool) -> None:
+        """Make the folder of a new run, with run.json (from `info`), split.csv, bad_files.csv."""
+        if not self.distributed.is_first:
+            return
+        create_run(self.folder, may_exist=may_exist)
+        write_bad_files(bad_files, self.folder / "bad_files.csv")
+        write_split(manifest, self.folder / "split.csv")
+        write_json(self.folder / "run.json", info)
+
+    def begin(self, manifest: Manifest, bad_files: list, description: dict, *, save_every: str,
+              max_skips: int, max_bad_share: float, read_late: bool, tensorboard: bool) -> None:
+        """Open the logs; from here on signals save the run.
+
+        description: parts of the checkpoint that stay the same during the run. read_late: read the
+        results of a step one step later, so that the host does not wait for the GPU.
+        """
+        self.manifest, self.bad_files, self.description = manifest, bad_files, description
+        self.max_skips, self.max_bad_share = max_skips, max_bad_share
+        self.lag = 1 if read_late else 0
+        self.timer = SaveTimer(save_every)
+        self.epoch = self.progress.epoch - 1  # of the last finished epoch, until the loop starts
+        if self.distributed.is_first:
+            self.log = RunLog(self.folder, self.progress, tensorboard)
+        self.stop.armed = True
+
+    def load_state(self, checkpoint: Checkpoint, calibration: dict) -> None:
+        """Take over where a checkpoint stands."""
+        with as_checkpoint_error(checkpoint.path):
+            self.progress = Progress(**checkpoint["progress"])
+        self.calibration = calibration
+        print(f"resumed after step {self.progress.step}, in epoch {self.progress.epoch + 1}")
+
+    # --- within an epoch ---
+
+    def progress_bar(self, steps: Iterable, epoch: int, epochs: int, total: int) -> Iterator:
+        """Iterate over the rest of an epoch's steps, with a progress bar on a terminal."""
+        self.epoch = epoch
+        self._epoch_started = time.perf_counter() - self.progress.seconds
+        is_shown = self.distributed.is_first and sys.stderr.isatty()
+        self._bar = tqdm(steps, desc=f"epoch {epoch + 1}/{epochs}", unit="step", total=total,
+                         initial=self.progress.step_in_epoch, leave=False, disable=not is_shown)
+        return iter(self._bar)
+
+    @property
+    def save_due(self) -> bool:
+        return self.distributed.is_first and self.timer.is_due(self.progress.step)
+
+    def add_step(self, result: StepResult) -> None:
+        """Take the result of a step; it is read now, or after the next step on a GPU."""
+        self._pending.append(result)
+        self.read_pending_steps(leave=self.lag)
+
+    def skip_step(self) -> None:
+        """Pass over a step none of whose clips can be read."""
+        self.read_pending_steps()
+        self.progress.step_in_epoch += 1
+
+    def read_pending_steps(self, leave: int = 0) -> None:
+        """Read, count and log the results of all steps but the last `leave`.
+
+        All ranks call it at the same point, because naming the clips of a skipped step gathers
+        from all. Raises TrainingError after `max_skips` skipped steps in a row.
+        """
+        while len(self._pending) > leave:
+            self._read_step(self._pending.popleft())
+
+    def _read_step(self, result):
+        numbers, progress = result.read(), self.progress
+        lrs = {name: float(lr) for name, lr in result.lrs.items()}
+        progress.count_step(numbers.loss_sum, int(numbers.n_correct), result.n_clips,
+                            applied=numbers.applied == 1)
+        progress.seconds = time.perf_counter() - self._epoch_started
+        if self.log:
+            self.log.step(step=progress.step, epoch=progress.epoch + 1,
+                          loss=numbers.loss_sum / result.n_clips, grad_norm=numbers.grad_norm,
+                          clips=result.n_clips, scale=numbers.scale, **lrs)
+        if numbers.applied != 1:
+            names = ", ".join(self._suspected_clips(result.losses))
+            self.event("skipped", f"loss or gradients are not finite; clips: {names}")
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f"loss {progress.loss:.3f}, acc {progress.accuracy:.1%}, "
+                f"LR {lrs['lr_backbone']:.1e} {lrs['lr_head']:.1e}, "
+                f"{progress.clips_per_second:.1f} clips/s", refresh=False)
+        if progress.skips_in_row >= self.max_skips:
+            raise TrainingError(
+                f"{progress.skips_in_row} steps in a row have a loss or gradients that are not "
+                f"finite (--max-skips); {self.best_note()}; look at the clips named above, lower "
+                "the learning rates, or try --amp off")
+
+    def _suspected_clips(self, losses):
+        """Paths of a skipped step's clips whose loss is not finite, else of all its clips."""
+        not_finite, every_clip = [], []
+        for rows, clip_losses in losses:
+            for row, loss in zip(rows, clip_losses.tolist()):
+                path = self.manifest.paths[row]
+                every_clip.append(path)
+                if not math.isfinite(loss):
+                    not_finite.append(path)
+        ranks = self.distributed.all_gather((not_finite, every_clip))
+        suspected = [path for paths, _ in ranks for path in paths]
+        return suspected or [path for _, paths in ranks for path in paths]
+
+    def event(self, kind: str, detail: str) -> None:
+        """Print something out of the ordinary and write it to events.csv."""
+        tqdm.write(f"step {self.progress.step}: {kind}: {detail}", file=sys.stdout)
+        if self.log:
+            self.log.event(self.progress.step, self.epoch + 1, kind, detail)
+
+    def report_cache_problems(self, problems: Iterable[str | None]) -> None:
+        """Report each problem with the cache of decoded audio once."""
+        for problem in set(problems) - self._cache_problems - {None}:
+            self._cache_problems.add(problem)
+            self.event("cache", problem)
+
+    def report_unreadable(self, broken: list[tuple[int, str]], learner) -> None:
+        """List the clips of all ranks that turned out to be unreadable, once each.
+
+        broken: (row, reason) of this rank's clips. Saves and raises DataError if too many of the
+        recordings are unreadable by now.
+        """
+        known = {path for path, _ in self.bad_files}
+        reasons = {self.manifest.paths[row]: reason
+                   for pairs in self.distributed.all_gather(broken) for row, reason in pairs}
+        for path, reason in reasons.items():
+            if path not in known:
+                self.bad_files.append((path, reason))
+                self.event("unreadable", f"left out: {path}: {reason}")
+        if self.distributed.is_first:
+            write_bad_files(self.bad_files, self.folder / "bad_files.csv")
+        if len(self.bad_files) > self.max_bad_share * (len(self.manifest) + len(known)):
+            self.save(learner)
+            raise DataError(
+                f"--data {self.manifest.root}: {len(self.bad_files)} files are unreadable by now, "
+                f"more than --max-bad-share {self.max_bad_share:g}; repair them and continue with "
+                f"--resume --run-dir {self.folder}")
+
+    # --- checkpoints ---
+
+    def save(self, learner) -> None:
+        """Write last.pt. All ranks call it, because it reads the pending steps first."""
+        self.read_pending_steps()
+        if not self.distributed.is_first:
+            return
+        self.log.sync()  # the rows must be on disk before a checkpoint counts them
+        path = self.folder / "last.pt"
+        n_bytes, seconds = save_checkpoint(path, {
+            **self.description,
+            **learner.state_dict(),
+            "manifest": self.manifest.to_dict(),
+            "bad_files": self.bad_files,
+            "progress": self.progress.to_dict(),
+            "calibration": self.calibration,
+        })
+        self.timer.saved()
+        if not self._save_reported:
+            print(f"checkpoint: {path.name}, {n_bytes / 1e6:.1f} MB, written in {seconds:.2f} s")
+            self._save_reported = True
+
+    def link_best(self) -> None:
+        """Make best.pt the checkpoint that was just saved."""
+        if self.distributed.is_first:
+            link(self.folder / "last.pt", self.folder / "best.pt")
+
+    def interrupt(self, learner) -> None:
+        """Save after a signal, print how to continue, and raise Interrupted on all ranks."""
+        self.save(learner)
+        start = "python"
+        if self.distributed.size > 1:
+            start = f"torchrun --nproc-per-node {self.distributed.size}"
+        print(f"saved after step {self.progress.step}; continue with:\n"
+              f"  {start} train.py --resume --run-dir {shlex.quote(str(self.folder))}", flush=True)
+        raise Interrupted(max(self.distributed.all_gather(self.stop.exit_code)))
+
+    def best_note(self) -> str:
+        if self.progress.best_epoch:
+            return f"best.pt of epoch {self.progress.best_epoch} is kept"
+        return "no epoch was completed"

@@ -1,0 +1,123 @@
+"""Waveforms to scores, and the evaluation of a set of clips, for validation and test alike."""
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from core.device.precision import Precision
+from core.divergence import TrainingError
+from data.clips import Batch
+from data.manifest import Manifest
+from losses import is_correct
+from model.ast import AST
+
+
+@dataclass
+class Scorer:
+    """What scores clips. A `Learner` has the same attributes and takes its place in training."""
+    model: AST
+    frontend: nn.Module
+    loss_fn: nn.Module
+    precision: Precision
+
+
+@dataclass
+class Evaluation:
+    """Scores of the clips that could be read, in the order of their rows."""
+    rows: np.ndarray  # (n,) manifest rows
+    labels: np.ndarray  # (n,) class indices; multi-label: (n, classes) of 1, 0 and nan (unknown)
+    scores: np.ndarray  # (n, classes) probabilities, the mean over each clip's tiles
+    losses: np.ndarray  # (n,) the mean over each clip's tiles
+    broken: dict[int, str]  # row -> why it could not be read
+    n_tiles: np.ndarray  # (n,) of each clip
+    correct_tiles: np.ndarray  # (n,) tiles that are classified correctly by themselves
+
+    @classmethod
+    def merge(cls, parts: list["Evaluation"]) -> "Evaluation":
+        """Join the evaluations of different rows, ordered by row."""
+        rows = np.concatenate([part.rows for part in parts])
+        order = np.argsort(rows)
+
+        def joined(name):
+            return np.concatenate([getattr(part, name) for part in parts])[order]
+
+        broken = {row: reason for part in parts for row, reason in part.broken.items()}
+        return cls(rows[order], joined("labels"), joined("scores"), joined("losses"), broken,
+                   joined("n_tiles"), joined("correct_tiles"))
+
+
+@torch.inference_mode()
+def window_scores(model: AST, frontend: nn.Module, wave: torch.Tensor, precision: Precision,
+                  multi_label: bool) -> tuple[torch.Tensor, np.ndarray, torch.Tensor]:
+    """The only way from audio to scores: validation, test, prediction and the report use it.
+
+    wave (B, samples) -> logits (B, classes) and features (B, dim) on the device, and scores
+    (B, classes) in float64 on the CPU: sigmoids if multi_label, else a softmax.
+    """
+    wave = wave.to(precision.device, non_blocking=True)
+    with precision.autocast():
+        features = model.features(frontend(wave))
+        logits = model.head(features)
+    if multi_label:
+        scores = logits.float().cpu().double().sigmoid()
+    else:
+        scores = logits.float().softmax(dim=1).cpu().double()
+    return logits, scores.numpy(), features
+
+
+@torch.inference_mode()
+def evaluate(scorer: Scorer, batches: Iterable[Batch], manifest: Manifest, rows: np.ndarray,
+             should_stop: Callable[[], bool] | None = None, progress_title: str | None = None
+             ) -> Evaluation | None:
+    """Score every clip of `rows` once; None if `should_stop()` turned true on the way.
+
+    batches: from `data.clips.evaluation_batches` over the same rows. A clip with an unreadable tile
+    is left out and listed in `.broken`. Raises TrainingError if scores are not finite.
+    """
+    model, precision = scorer.model, scorer.precision
+    model.eval()
+    scorer.loss_fn.eval()
+    rows = np.asarray(rows)
+    index_of = {int(row): i for i, row in enumerate(rows)}
+    scores = np.zeros((len(rows), model.config.n_classes))
+    losses = np.zeros(len(rows))
+    n_tiles = np.zeros(len(rows), np.int64)
+    correct_tiles = np.zeros(len(rows), np.int64)
+    broken = {}
+    is_quiet = progress_title is None or not sys.stderr.isatty()
+    bar = tqdm(batches, desc=progress_title, leave=False, disable=is_quiet, unit="batch")
+    with precision.cast_weights_once():
+        for batch in bar:
+            if should_stop is not None and should_stop():
+                return None
+            broken.update(batch.broken)
+            if len(batch.rows) == 0:
+                continue
+            logits, tile_scores, _ = window_scores(model, scorer.frontend, batch.wave,
+                                                   precision, manifest.multi_label)
+            loss = scorer.loss_fn(logits, batch.target.to(precision.device, non_blocking=True))
+            indices = [index_of[row] for row in batch.rows.tolist()]
+            np.add.at(scores, indices, tile_scores)
+            np.add.at(losses, indices, loss.cpu().double().numpy())
+            np.add.at(n_tiles, indices, 1)
+            np.add.at(correct_tiles, indices, is_correct(logits.cpu(), batch.target).numpy())
+    readable = np.array([int(row) not in broken for row in rows], dtype=bool) & (n_tiles > 0)
+    rows, n_tiles, correct_tiles = rows[readable], n_tiles[readable], correct_tiles[readable]
+    scores = scores[readable] / n_tiles[:, None]
+    losses = losses[readable] / n_tiles
+    if not np.isfinite(scores).all() or not np.isfinite(losses).all():
+        raise TrainingError("the model's scores are not finite: its weights are damaged or the "
+                            "precision is too low; try --amp off")
+    labels = clip_labels(manifest, rows)
+    return Evaluation(rows, labels, scores, losses, broken, n_tiles, correct_tiles)
+
+
+def clip_labels(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
+    """Labels as metrics take them: class indices (n,), or multi-label (n, classes)."""
+    if manifest.multi_label:
+        return manifest.targets(rows)
+    return manifest.labels[rows].astype(np.int64)

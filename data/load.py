@@ -1,0 +1,46 @@
+"""Labelled recordings -> a manifest, whatever form they come in."""
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from .files import suffix
+from .folders import load_folder
+from .manifest import DataError, Manifest
+from .tables import load_table
+
+# Tables of known data sets, relative to the folder: ESC-50, UrbanSound8K, BirdCLEF.
+TABLES = ("meta/esc50.csv", "metadata/UrbanSound8K.csv", "train_metadata.csv")
+TABLE_SUFFIXES = (".csv", ".tsv", ".txt")
+
+
+def load_manifest(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
+                  known_classes: Collection[str] = ()) -> Manifest:
+    """Read labelled recordings from a folder or a CSV. No audio file is opened.
+
+    data: a folder with one folder per class, the same under train/ val/ test/, a folder laid out
+        like ESC-50, UrbanSound8K, Speech Commands or BirdCLEF, or a CSV, also of Xeno-Canto.
+    audio_dir: the folder that contains all files of a CSV. By default this is the CSV's own
+        folder, or an audio/ folder beside the CSV.
+    known_classes: classes that secondary labels may name even if no clip has them as a label.
+
+    A label cell of a CSV may name several classes, as a;b or a|b. A column secondary_labels (or
+    also, unknown, ignore) names classes that may or may not be in the clip.
+
+    Raises DataError for anything that leaves a clip without a file or a class.
+    """
+    data = Path(os.path.abspath(data))
+    if os.path.isdir(data):
+        for table in TABLES:
+            if os.path.isfile(data / table):
+                return load_table(data / table, audio_dir, known_classes)
+        if audio_dir is not None:
+            raise DataError(f"--audio-dir is for a CSV, but --data {data} is a folder: leave "
+                            "--audio-dir out")
+        return load_folder(data)
+    if not os.path.exists(data):
+        problem = "does not exist"
+    elif not os.path.isfile(data) or suffix(data.name) not in TABLE_SUFFIXES:
+        problem = "is not a .csv, .tsv or .txt table"
+    else:
+        return load_table(data, audio_dir, known_classes)
+    raise DataError(f"--data {data} {problem}; give a folder with one folder per class, or a CSV")

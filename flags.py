@@ -1,0 +1,368 @@
+"""The flags of train.py: one line each, with default, range and help; the recipes; resuming."""
+import argparse
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+
+from core.exits import INVALID_INPUT, print_error
+from core.run import CheckpointError, RunError
+from core.run.checkpoint import Checkpoint, SaveTimer
+from data.cache import CACHES
+from data.named import SOURCES
+from data.sampling import SAMPLERS
+from losses import LOSSES, SIGMOID_LOSSES
+from metrics import MONITORS
+from model.ast import ASTConfig
+from model.frontend import FRONTENDS, FrontendConfig
+from sched import SHAPES
+from util import summarize
+
+# A recipe is a set of flag values; a flag on the command line wins over it.
+RECIPES = {
+    "baseline": {},
+    "augmented": dict(freq_mask=15, time_mask=35, specaug_p=0.8, mixup_alpha=0.4, mixup_p=0.6),
+    "best": dict(effective_batch=4, shift_p=1.0, patchout=0.3),  # chosen in experiments/
+    "demo": dict(weights="none", dim=128, depth=4, heads=4, epochs=32, patience=32,
+                 effective_batch=4, lr_backbone=8e-4, lr_head=8e-4, weight_decay=5e-2,
+                 freq_mask=15, time_mask=35, mixup_alpha=0.4, mixup_p=0.3, shift_p=1.0),
+}
+# Flags that may change when a run is resumed: where and how fast it runs, not what comes out.
+FREE_ON_RESUME = {
+    "resume", "run_dir", "workers", "device", "tensorboard", "eval_batch_size", "save_every",
+    "max_skips", "on_divergence", "max_bad_share", "cache_dir",
+}
+SIZES = {"tiny": ASTConfig.tiny, "small": ASTConfig.small, "base": ASTConfig.base}
+DEFAULT_EFFECTIVE_BATCH = 32
+
+
+# --- types: what a flag's text must be ---
+
+def number(low: float, high: float = math.inf, kind: type = float) -> Callable[[str], float]:
+    """A finite number from `low` to `high`."""
+    def parse_number(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            wanted = "a whole number" if kind is int else "a number"
+            limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}, {limits}")
+        return value
+    return parse_number
+
+
+def count(low: int, high: float = math.inf) -> Callable[[str], int]:
+    """A whole number from `low` to `high`."""
+    return number(low, high, int)
+
+
+SHARE = number(0, 1)
+
+
+def batch_size(text: str) -> int | str:
+    return text if text == "auto" else count(1)(text)
+
+
+def alpha(text: str) -> float | str:
+    return text if text in ("none", "balanced") else number(0)(text)
+
+
+def snr_range(text: str) -> str:
+    if not re.fullmatch(r"-?\d+(\.\d+)?,-?\d+(\.\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be two numbers in dB, such as 5,30")
+    return text
+
+
+def save_interval(text: str) -> str:
+    try:
+        SaveTimer(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    return text
+
+
+# --- the flags ---
+
+def build_parser() -> tuple[argparse.ArgumentParser, dict]:
+    """The parser, which returns only the flags that were given, and the defaults of all flags."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", usage="python train.py [flags]",
+        description="Fine-tune an audio spectrogram transformer on labelled recordings.")
+    defaults = {}
+
+    def group(title):
+        arguments = parser.add_argument_group(title)
+
+        def add(flag, default, kind, text, **options):
+            defaults[flag[2:].replace("-", "_")] = default
+            if isinstance(kind, (list, tuple)):
+                options["choices"] = kind
+            elif kind is not None:
+                options["type"] = kind
+            if "action" not in options and default is not None:
+                text += f" (default: {default})"
+            arguments.add_argument(flag, default=argparse.SUPPRESS, help=text, **options)
+        return add
+
+    _add_main_flags(group("what most runs need"))
+    _add_data_flags(group("recordings and splits"))
+    _add_training_flags(group("training"))
+    _add_loss_flags(group("loss and uneven classes"))
+    _add_augmentation_flags(group("augmentation of training clips"))
+    _add_model_flags(group("model and front end"))
+    _add_run_flags(group("saving, resuming, failures"))
+    _add_speed_flags(group("speed and memory"))
+    return parser, defaults
+
+
+def _add_main_flags(add):
+    add("--data", "demo", str, "folder with one folder per class; a CSV with columns path,label; a "
+        "folder laid out like ESC-50, UrbanSound8K, Speech Commands or BirdCLEF; demo; or a data "
+        "set to fetch: " + ", ".join(SOURCES))
+    add("--weights", "audioset", str, "pretrained weights: audioset, imagenet, none, a .pth, "
+        ".safetensors or .pt file, or a folder from export.py --to hf")
+    add("--size", "base", list(SIZES), "model size")
+    add("--recipe", None, list(RECIPES), "set of flag values; other flags win over it (default: "
+        "demo for the demo, else baseline)")
+    add("--epochs", 50, count(1, 100_000), "maximum number of epochs")
+    add("--warmup-epochs", 0.0, number(0), "epochs in which each group's learning rate rises to "
+        "its own base")
+    add("--batch-size", 4, batch_size, "clips on the device at once, or auto: as many as fit")
+    add("--run-dir", None, str, "folder of this run (default: runs/<time>-<data>)")
+    add("--smoke", False, None, "dry run of two minutes: check data and model, estimate the "
+        "training time", action="store_true")
+    add("--seed", 0, count(0, 2**63 - 1), "seed of everything random")
+
+
+def _add_data_flags(add):
+    add("--audio-dir", None, str, "folder that the paths in a CSV are relative to (default: the "
+        "CSV's own)")
+    add("--fold", None, count(-2**15, 2**15 - 1), "test on this fold, validate on the next, train "
+        "on the rest")
+    add("--folds", None, ["all"], "one run per fold, then their mean; continue with the same "
+        "command and --run-dir")
+    add("--min-clips", 1, count(1), "leave out classes with fewer clips")
+    add("--max-bad-share", 0.05, SHARE, "largest share of unreadable files to start with")
+    add("--scan", "auto", ["auto", "full", "headers"], "decode every file once before training, or "
+        "read headers only (auto: full up to 5,000 files)")
+    add("--seconds", 4.0, number(0.1, 3600), "length of a training crop and an evaluation tile")
+    add("--short", "repeat", ["repeat", "pad"], "how to fill up clips that are shorter")
+    add("--crop", "random", ["random", "active", "start"], "how training crops of longer clips are "
+        "placed (active: biased towards loud segments)")
+
+
+def _add_training_flags(add):
+    add("--effective-batch", None, count(1), "clips per optimizer step, by gradient accumulation "
+        f"(default: {DEFAULT_EFFECTIVE_BATCH}, or the next multiple of the batch size)")
+    add("--lr-backbone", 5e-5, number(0, 100), "base learning rate of the transformer")
+    add("--lr-head", 1e-3, number(0, 100), "base learning rate of the classifier")
+    add("--schedule", "cosine", list(SHAPES), "shape of the learning rates after the warm-up")
+    add("--min-lr-ratio", 0.0, SHARE, "end of the schedule, as a share of the base")
+    add("--weight-decay", 1e-2, number(0, 100), "AdamW's; not on biases, norms, tokens, positions")
+    add("--clip-grad", 1.0, number(0), "largest gradient norm (0: no clipping)")
+    add("--patience", 7, count(1), "stop after this many epochs without a better one")
+    add("--monitor", "val_acc", list(MONITORS), "metric that selects best.pt; val_map "
+        "suits clips with several labels")
+    add("--freeze-epochs", 0, count(0), "epochs in which only the head is trained; all of them: a "
+        "linear probe")
+    add("--layer-decay", 1.0, SHARE, "learning rate of each block as a share of the next block's")
+    add("--ema", 0.0, SHARE, "decay of averaged weights, which are then evaluated and used "
+        "(0: none)")
+
+
+def _add_loss_flags(add):
+    add("--loss", "focal", list(LOSSES), "loss; bce and focal-bce treat each class separately, for "
+        "clips with several labels (a;b in a CSV)")
+    add("--gamma", 2.0, number(0, 100), "focal losses: focus on hard clips")
+    add("--alpha", "none", alpha, "focal loss: class weight: none, a number, or balanced by class "
+        "frequency; focal-bce: none, or the weight of present classes, 0 to 1")
+    add("--label-smoothing", 0.0, SHARE, "ce: share of the target spread over all classes")
+    add("--logit-adjust", 0.0, number(0, 100), "focal, ce: shift logits by this many times the log "
+        "of the class frequency in training; helps rare classes")
+    add("--sampler", "shuffle", list(SAMPLERS), "class sampling: by frequency (shuffle), by its "
+        "square root, or uniform (balanced)")
+
+
+def _add_augmentation_flags(add):
+    add("--freq-mask", 0, count(0, 10_000), "SpecAugment: maximum width of the mel mask")
+    add("--time-mask", 0, count(0, 10**6), "SpecAugment: maximum width of the mask in frames")
+    add("--specaug-p", 0.8, SHARE, "SpecAugment: probability per clip")
+    add("--mixup-alpha", 0.0, number(0, 1000), "MixUp: Beta(alpha, alpha); 0 is off")
+    add("--mixup-p", 0.6, SHARE, "MixUp: probability per clip")
+    add("--gain", 0.0, number(0, 200), "random gain: up to this many dB louder or softer")
+    add("--noise-p", 0.0, SHARE, "background noise from quiet segments of other training clips: "
+        "probability per clip")
+    add("--noise-dir", None, str, "take that noise from the recordings in this folder instead")
+    add("--noise-snr", "5,30", snr_range, "range of the signal-to-noise ratio in dB",
+        metavar="LOW,HIGH")
+    add("--filter-p", 0.0, SHARE, "random high-pass or low-pass: probability per clip")
+    add("--shift-p", 0.0, SHARE, "circular shift in time: probability per clip")
+    add("--patchout", 0.0, SHARE, "share of each clip's patches to leave out: faster, and "
+        "regularises")
+
+
+def _add_model_flags(add):
+    add("--dim", None, count(1, 2**14), "embedding dimension, instead of --size's")
+    add("--depth", None, count(1, 1000), "number of blocks, instead of --size's")
+    add("--heads", None, count(1, 2**14), "attention heads, instead of --size's")
+    add("--drop-path", 0.0, number(0, 0.99), "stochastic depth rate of the last block")
+    add("--frontend", "logmel", list(FRONTENDS), "logmel: 22,050 Hz, standardised per clip; fbank: "
+        "AudioSet's, 16 kHz")
+    add("--fmin", None, number(0), "lowest mel frequency in Hz (default: the front end's)")
+    add("--fmax", None, number(0), "highest mel frequency in Hz (default: the front end's)")
+
+
+def _add_run_flags(add):
+    add("--resume", None, None, "continue the run in --run-dir (default: the newest); auto: or "
+        "start a new one; or continue from a FILE", nargs="?", const="newest")
+    add("--save-every", "10m", save_interval, "save within an epoch, too: 500 (steps), 10m "
+        "(minutes), 0 (never)")
+    add("--max-skips", 10, count(1), "abort after this many consecutive non-finite steps")
+    add("--on-divergence", "stop", ["stop", "rollback", "warn"], "when validation accuracy "
+        "collapses: stop, go back to the best weights and halve the learning rates, or warn")
+    add("--tensorboard", False, None, "write TensorBoard events", action="store_true")
+
+
+def _add_speed_flags(add):
+    add("--device", "auto", str, "auto, cpu, cuda, cuda:N")
+    add("--amp", "auto", ["auto", "bf16", "fp16", "off"], "mixed precision")
+    add("--eval-batch-size", 16, count(1), "tiles at once in evaluation")
+    add("--workers", -1, count(-1, 1024), "processes that decode audio (-1: one per core, at most "
+        "8, with a GPU; 0 without)")
+    add("--cache", "auto", CACHES, "where decoded audio is kept, rounded to 16 bits: disk, ram, "
+        "device (GPU), off; auto: the GPU or the disk if there is room")
+    add("--cache-dir", None, str, "folder of the cache, the scan index and fetched data sets "
+        "(default: ~/.cache/warble)")
+    add("--checkpointing", False, None, "recompute activations: less memory, a third slower",
+        action="store_true")
+    add("--compile", "off", ["off", "default", "graphs"], "torch.compile the model for full "
+        "micro-batches; graphs: with CUDA graphs")
+    add("--plain", False, None, "no fast paths, for debugging: no cache, no compiled model, no "
+        "fused optimizer, wait for the GPU at each step", action="store_true")
+
+
+# --- parsing ---
+
+def parse(argv: list[str] | None = None, source: str = "") -> tuple[argparse.Namespace, dict]:
+    """(all flags, only those given). Invalid flags print one line and exit with code 2.
+
+    source: put before the message, for flags that do not come from the command line.
+    """
+    parser, defaults = build_parser()
+
+    def error(message):
+        print_error(f"{source}{message} (see --help)")
+        sys.exit(INVALID_INPUT)
+
+    parser.error = error
+    given = vars(parser.parse_args(argv))
+    is_demo = given.get("data", "demo") == "demo"
+    recipe = given.get("recipe") or ("demo" if is_demo else "baseline")
+    args = argparse.Namespace(**(defaults | RECIPES[recipe] | given | {"recipe": recipe}))
+    problem = fit_together(args, given)
+    if problem:
+        error(problem)
+    return args, given
+
+
+def fit_together(args: argparse.Namespace, given: dict) -> str | None:
+    """Complete flags that depend on others; return what is wrong with a combination, or None."""
+    size = 1 if args.batch_size == "auto" else args.batch_size
+    wanted = args.effective_batch or DEFAULT_EFFECTIVE_BATCH
+    multiple = math.ceil(wanted / size) * size
+    if "effective_batch" not in given:
+        args.effective_batch = multiple
+    if args.plain:
+        if args.compile != "off" or given.get("cache", "off") != "off":
+            return "--plain: excludes --compile and --cache; leave them out"
+        args.cache = "off"
+    if args.effective_batch != multiple:
+        return (f"--effective-batch {args.effective_batch}: not a multiple of --batch-size {size}; "
+                f"use {multiple}")
+    n_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if args.folds and (args.fold is not None or args.smoke or n_processes > 1):
+        return "--folds: excludes --fold, --smoke and torchrun; leave them out"
+    if args.warmup_epochs > args.epochs:
+        return (f"--warmup-epochs {args.warmup_epochs:g}: longer than the run of --epochs "
+                f"{args.epochs}; lower it")
+    if args.noise_dir and not args.noise_p:
+        return "--noise-dir: has no effect without --noise-p; add it, for example 0.5"
+    return _loss_problem(args) or _geometry_problem(args)
+
+
+def _loss_problem(args):
+    if args.logit_adjust and args.loss in SIGMOID_LOSSES:
+        return "--logit-adjust: needs a softmax loss; use --loss focal or ce"
+    if args.label_smoothing and args.loss != "ce":
+        return "--label-smoothing: only for --loss ce; leave it out, or use --loss ce"
+    if args.alpha == "none":
+        return None
+    if args.loss not in ("focal", "focal-bce"):
+        return (f"--alpha {args.alpha}: only for focal losses; leave it out, or use --loss focal "
+                "or focal-bce")
+    if args.loss == "focal-bce" and (args.alpha == "balanced" or args.alpha > 1):
+        return f"--alpha {args.alpha}: must be none or from 0 to 1 with --loss focal-bce"
+    return None
+
+
+def _geometry_problem(args):
+    try:
+        frontend = frontend_config(args)
+        config = model_config(args, n_classes=2)
+    except ValueError as error:
+        return str(error)
+    frames = frontend.frames(round(args.seconds * frontend.sample_rate))
+    if frames < config.patch:
+        enough = config.patch * frontend.hop_length / frontend.sample_rate + 0.05
+        return (f"--seconds {args.seconds:g}: gives {frames} frames, the model needs "
+                f"{config.patch}; use {enough:.1f} or more")
+    return None
+
+
+def model_config(args: argparse.Namespace, n_classes: int) -> ASTConfig:
+    """The model that the flags describe; ValueError if they do not fit together."""
+    changes = {"dim": args.dim, "depth": args.depth, "heads": args.heads}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return SIZES[args.size](n_classes, drop_path=args.drop_path, **changes)
+
+
+def frontend_config(args: argparse.Namespace) -> FrontendConfig:
+    """The front end that the flags describe; ValueError if they do not fit together."""
+    return FrontendConfig.of(args.frontend, args.fmin, args.fmax)
+
+
+# --- resuming ---
+
+def as_command_line(values: dict) -> list[str]:
+    """The words of a command line that gives these flag values."""
+    words = []
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            words.append(f"{flag}={value}")
+    return words
+
+
+def resumed(args: argparse.Namespace, given: dict, checkpoint: Checkpoint) -> argparse.Namespace:
+    """The flags that the run was started with; given ones may not contradict them (RunError).
+
+    What the file says is parsed and checked like a command line.
+    """
+    unknown = checkpoint["flags"].keys() - vars(args).keys()
+    if unknown:
+        raise CheckpointError(f"{checkpoint.path}: has flags that this program does not know, "
+                              f"{summarize(sorted(unknown))}; use the version that wrote it")
+    started = vars(parse(as_command_line(checkpoint["flags"]), f"{checkpoint.path}: ")[0])
+    for name, value in given.items():
+        if name in FREE_ON_RESUME:
+            started[name] = value
+        elif started[name] != getattr(args, name) and value != "auto":
+            raise RunError(f"--{name.replace('_', '-')} {value}: the run was started with "
+                           f"{started[name]}; leave the flag out, or start a new run with "
+                           f"--weights {checkpoint.path}")
+    return argparse.Namespace(**started)

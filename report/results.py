@@ -1,0 +1,178 @@
+"""Write the results of an evaluation to disk, and put them into lines for a person."""
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from metrics import (
+    METRICS,
+    apply_temperature,
+    confusion,
+    evaluate_scores,
+    metrics_for,
+    per_class,
+    predicted_classes,
+    recall_by_frequency,
+    reliability,
+)
+from util import write_json
+
+from . import pictures
+from .run_files import load_scores
+
+TOP = 5  # classes with their scores in a row of predictions.csv
+THIRDS = ("head", "middle", "tail")
+
+
+def write_results(folder: Path, result, manifest, classes: Sequence[str], split: str,
+                  calibration: dict) -> dict:
+    """Write the results of one evaluated split into `folder` and return its metrics.
+
+    Files: metrics.json, scores.npz, predictions.csv, per_class.csv, and confusion.png unless clips
+    may have several labels. metrics.json and scores.npz hold uncalibrated scores. predictions.csv
+    holds calibrated ones, as predict.py writes them; so do multi-label decisions.
+
+    Args:
+        result: an Evaluation: rows (n,), labels (n,) or (n, C), scores (n, C), losses (n,), n_tiles
+            (n,), correct_tiles (n,), broken.
+        manifest: the clips that `result.rows` points into.
+        calibration: {"temperature": float, "thresholds": (C,) floats}.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    multi_label = result.labels.ndim == 2
+    predicted = predicted_classes(result.scores, calibration) if multi_label else None
+    calibrated = apply_temperature(result.scores, calibration["temperature"], multi_label)
+    metrics = _metrics(result, manifest, split, calibration, calibrated, predicted)
+    write_json(folder / "metrics.json", metrics)
+    _write_scores(folder / "scores.npz", result, predicted)
+    _write_predictions(folder / "predictions.csv", result, manifest, classes, calibrated, predicted)
+    _write_per_class(folder / "per_class.csv", result, classes, calibration, predicted)
+    if not multi_label:
+        matrix = confusion(result.labels, result.scores.argmax(axis=1), len(classes))
+        pictures.confusion(matrix, classes, folder / "confusion.png")
+    return metrics
+
+
+def _metrics(result, manifest, split, calibration, calibrated, predicted):
+    """The content of metrics.json."""
+    metrics = {
+        "split": split,
+        **evaluate_scores(result.scores, result.labels, predicted=predicted),
+        "loss": float(result.losses.mean()),
+        "unreadable": len(result.broken),
+        "tiles": int(result.n_tiles.sum()),
+        "tile_accuracy": float(result.correct_tiles.sum() / result.n_tiles.sum()),
+        "temperature": calibration["temperature"],
+        "ece": reliability(result.scores, result.labels)[1],
+        "ece_calibrated": reliability(calibrated, result.labels)[1],
+    }
+    train_rows = manifest.rows("train")
+    if len(train_rows):  # data of another source has none
+        train_counts = manifest.take(train_rows).counts()
+        metrics |= recall_by_frequency(result.scores, result.labels, train_counts, predicted)
+    return metrics
+
+
+def _write_scores(path, result, predicted):
+    arrays = {"scores": result.scores.astype(np.float32), "labels": result.labels,
+              "rows": result.rows}
+    if predicted is not None:
+        arrays["predicted"] = predicted
+    np.savez(path, **arrays)
+
+
+def _write_predictions(path, result, manifest, classes, calibrated, predicted):
+    """One row per clip: its labels, the predicted classes and the highest calibrated scores."""
+    best = np.argsort(-calibrated, axis=1, kind="stable")[:, :TOP]
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        out = csv.writer(file)
+        out.writerow(["path", "start", "end", "label", "prediction", "confidence", "top5"])
+        for i, (row, top, scores) in enumerate(zip(result.rows, best, calibrated, strict=True)):
+            answers = top[:1] if predicted is None else _ranked_classes(top, predicted[i])
+            surest = answers[0] if len(answers) else top[0]
+            start, end = manifest.start[row], manifest.end[row]
+            out.writerow([
+                manifest.paths[row], f"{start:g}", "" if np.isnan(end) else f"{end:g}",
+                manifest.label_text(row), "; ".join(classes[c] for c in answers),
+                f"{scores[surest]:.6f}", "; ".join(f"{classes[c]} {scores[c]:.4f}" for c in top)])
+
+
+def _ranked_classes(top, predicted):
+    """Indices of the predicted classes of one clip: those in `top` in its order, then the rest."""
+    rest = [c for c in np.flatnonzero(predicted) if c not in top]
+    return [c for c in top if predicted[c]] + rest
+
+
+def _write_per_class(path, result, classes, calibration, predicted):
+    """One row per class; undefined figures are blank. With thresholds if clips are multi-label."""
+    columns = ["class", "precision", "recall", "f1", "ap", "support", "confused_with",
+               "confused_count"]
+    if predicted is not None:
+        columns.append("threshold")
+    rows = per_class(result.scores, result.labels, len(classes), predicted)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file)
+        out.writerow(columns)
+        for i, row in enumerate(rows):
+            figures = ["" if np.isnan(row[key]) else f"{row[key]:.4f}" for key in columns[1:5]]
+            other = classes[row["confused_with"]] if row["confused_with"] >= 0 else ""
+            values = [classes[i], *figures, row["support"], other, row["confused_count"]]
+            if predicted is not None:
+                values.append(f"{calibration['thresholds'][i]:.6f}")
+            out.writerow(values)
+
+
+def result_lines(metrics: dict) -> list[str]:
+    """Lines for the terminal: each metric with its 95% bootstrap interval, and the calibration."""
+    head = f"{metrics['split']}: {metrics['n']} clips"
+    if metrics["unreadable"]:
+        head += f", {metrics['unreadable']} unreadable and skipped"
+    lines = [head]
+    for key, metric in METRICS.items():
+        if key in metrics:
+            low, high = metrics[f"{key}_ci95"]
+            interval = f"(95% interval {low:.3f} to {high:.3f})"
+            lines.append(f"  {metric.label:<18} {metrics[key]:.3f}   {interval}")
+    if metrics["tiles"] > metrics["n"]:
+        lines.append(f"  {'single tiles':<18} {metrics['tile_accuracy']:.3f}   "
+                     f"({metrics['tiles']} tiles; the metrics above average them per clip)")
+    lines.append(f"  calibration error  {metrics['ece']:.3f}, {metrics['ece_calibrated']:.3f} at "
+                 f"temperature {metrics['temperature']:.2f} (fitted on validation)")
+    recalls = {third: metrics.get(f"recall_{third}") for third in THIRDS}
+    if any(recall is not None for recall in recalls.values()):
+        words = [f"{third} {'-' if recall is None else f'{recall:.3f}'}"
+                 for third, recall in recalls.items()]
+        lines.append(f"  recall of classes  {', '.join(words)}   "
+                     "(thirds by number of training clips)")
+    return lines
+
+
+def pooled_results(folders: Sequence[Path], out: Path) -> list[str]:
+    """Combine the results of all folds, write folds.json into `out` and return lines about them.
+
+    Gives each metric's mean and standard deviation over the folds, and its value over all clips.
+    """
+    arrays = [load_scores(folder) for folder in folders]
+    fold_metrics = [json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+                    for folder in folders]
+    scores = np.concatenate([fold["scores"] for fold in arrays])
+    labels = np.concatenate([fold["labels"] for fold in arrays])
+    predicted = None
+    if labels.ndim == 2:
+        predicted = np.concatenate([fold["predicted"] for fold in arrays])
+    pooled = evaluate_scores(scores, labels, predicted=predicted)
+    over_folds = {}
+    for key in metrics_for(multi_label=labels.ndim == 2):
+        values = [metrics[key] for metrics in fold_metrics]
+        over_folds[key] = {"mean": float(np.mean(values)),
+                           "deviation": float(np.std(values, ddof=1)), "folds": values}
+    write_json(out / "folds.json", {"over_folds": over_folds, "pooled": pooled})
+    lines = [f"\n{len(folders)} folds, {pooled['n']} clips",
+             f"{'':<21}mean   deviation over folds   all clips together"]
+    for key, folds in over_folds.items():
+        low, high = pooled[f"{key}_ci95"]
+        lines.append(f"  {METRICS[key].label:<18} {folds['mean']:.3f}   {folds['deviation']:.3f}"
+                     f"{'':<18}{pooled[key]:.3f} (95% interval {low:.3f} to {high:.3f})")
+    return [*lines, f"written: {out}/folds.json"]
