@@ -1,83 +1,101 @@
-"""Clips per second in evaluation, from waveforms in memory to scores.
+"""Clips per second of evaluation, from waveforms in memory to scores.
 
     pip install -r bench/requirements.txt
     python bench/evaluate.py --size base --clips 48
 
-Sides: this project's evaluate() with Fbank; the hub's feature extractor and model (transformers) at the same length,
-batched alike; the same as it comes, padded to 1024 frames. Random weights, 4 s of noise a clip.
+Sides: this project's evaluate() with Fbank; the hub's feature extractor and model (transformers) at
+the same length and batch size; the same with its default padding to 1024 frames. Random weights,
+4 s of noise per clip.
 """
+
 import argparse
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from common import in_turn, matrix_rate, report, spread
-from train_step import CLASSES, SIZES, hub_model, operations
+from common import in_turn, matrix_rate, median_range, ratios, report, spread
+from sides import EARLIER_FRAMES, SIZES, hub_model, n_tokens, operations, our_model
 from transformers import ASTFeatureExtractor
 
-from core.precision import choose_precision, pick_device
+from core.device.precision import choose_precision, pick_device
+from core.scoring import Scorer, evaluate
 from data.clips import Batch
-from evaluate import evaluate
 from losses import CrossEntropy
-from model.ast import AST, ASTConfig
 from model.frontend import Fbank
 
-FRAMES, SAMPLES = 398, 64000  # 4 s at 16 kHz
+FRAMES, SAMPLES, SAMPLE_RATE = 398, 64000, 16000  # 4 s
+BASELINE = "this project"
 
 
 def ours(waves, args, precision):
-    dim, depth, heads = SIZES[args.size]
-    model = AST(ASTConfig(CLASSES, dim=dim, depth=depth, heads=heads)).to(precision.device)
-    frontend, loss_fn = Fbank().to(precision.device), CrossEntropy()
-    manifest = SimpleNamespace(labels=np.zeros(len(waves), np.int32), multi_label=False)
-    batches = [Batch(waves[i:i + args.batch], torch.zeros(len(waves[i:i + args.batch]), dtype=torch.long),
-                     np.arange(i, min(i + args.batch, len(waves))), []) for i in range(0, len(waves), args.batch)]
-    return lambda: evaluate(model, frontend, batches, manifest, np.arange(len(waves)), loss_fn, precision)
+    """Return a function that scores waves (n, samples) with this project."""
+    device = precision.device
+    scorer = Scorer(our_model(args.size, device), Fbank().to(device), CrossEntropy(), precision)
+    n = len(waves)
+    manifest = SimpleNamespace(labels=np.zeros(n, np.int32), multi_label=False)
+    batches = []
+    for rows in torch.arange(n).split(args.batch):
+        target = torch.zeros(len(rows), dtype=torch.long)
+        batches.append(Batch(waves[rows], target, rows.numpy(), []))
+    return lambda: evaluate(scorer, batches, manifest, np.arange(n))
 
 
 def hub(waves, args, precision, frames):
+    """Return a function that scores waves (n, samples) with the hub's model."""
     model = hub_model(args.size, frames, precision.device).eval()
     extractor = ASTFeatureExtractor(max_length=frames)
     clips = list(waves.numpy())
 
     @torch.inference_mode()
-    def work():
+    def score():
         for i in range(0, len(clips), args.batch):
-            spec = extractor(clips[i:i + args.batch], sampling_rate=16000, return_tensors="pt")["input_values"]
+            batch = clips[i : i + args.batch]
+            features = extractor(batch, sampling_rate=SAMPLE_RATE, return_tensors="pt")
+            spec = features["input_values"].to(precision.device)
             with precision.autocast():
-                logits = model(input_values=spec.to(precision.device)).logits
+                logits = model(input_values=spec).logits
             logits.float().softmax(1).cpu()
-    return work
+
+    return score
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--size", default="base", choices=SIZES)
+    add("--clips", type=int, default=48)
+    add("--batch", type=int, default=16)
+    add("--rounds", type=int, default=3)
+    add("--device", default="auto")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"))
+    add("--out", default="bench/results/evaluate.jsonl")
+    return parser.parse_args()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", default="base", choices=SIZES)
-    parser.add_argument("--clips", type=int, default=48)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"))
-    parser.add_argument("--out", default="bench/results/evaluate.jsonl")
-    args = parser.parse_args()
+    args = parse()
     device = pick_device(args.device)
     precision = choose_precision(device, args.amp)
     torch.manual_seed(0)
     waves = 0.1 * torch.randn(args.clips, SAMPLES)
-    sides = {"this project": ours(waves, args, precision), "hub, native length": hub(waves, args, precision, FRAMES),
-             "hub, padded to 1024": hub(waves, args, precision, 1024)}
-    times = in_turn(sides, args.rounds, device)
-    tokens = 12 * ((FRAMES - 16) // 10 + 1) + 2
-    floor = matrix_rate(device, precision.dtype or torch.float32, rows=args.batch * tokens) / (operations(args.size, tokens) / 3)
-    rows = []
-    for name, seconds in times.items():
-        speed = spread([args.clips / s for s in seconds])
-        ratio = spread([s / own for s, own in zip(seconds, times["this project"], strict=True)])
-        rows.append([name, f"{speed[0]:.2f} ({speed[1]:.2f} to {speed[2]:.2f})", f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})"])
-    report("evaluate", vars(args) | {"precision": precision.name}, ["side", "clips/s, median (range)", "this project is faster by"],
-           rows, [f"{precision.name}, {tokens} tokens, batch {args.batch}, {args.rounds} rounds in turn; floor {floor:.2f} clips/s "
-                  f"by matrix products alone, of which {args.clips / spread(times['this project'])[0] / floor:.0%} is used"],
-           device, args.out)
+    times = in_turn({
+        BASELINE: ours(waves, args, precision),
+        "hub, native length": hub(waves, args, precision, FRAMES),
+        "hub, padded to 1024": hub(waves, args, precision, EARLIER_FRAMES),
+    }, args.rounds, device)
+    rows = [[name, median_range(args.clips / s for s in seconds),
+             median_range(ratios(seconds, times[BASELINE]))]
+            for name, seconds in times.items()]
+
+    tokens = n_tokens(FRAMES)
+    rate = matrix_rate(device, precision.dtype or torch.float32, rows=args.batch * tokens)
+    floor = rate / (operations(args.size, tokens) / 3)  # a third is the forward pass
+    used = args.clips / spread(times[BASELINE])[0] / floor
+    note = (f"{precision.name}, {tokens} tokens, batch {args.batch}, {args.rounds} rounds in turn; "
+            f"floor {floor:.2f} clips/s by matrix products alone, of which {used:.0%} is used")
+    report("evaluate", vars(args) | {"precision": precision.name},
+           ["side", "clips/s, median (range)", "speed-up of this project"], rows, [note], device,
+           args.out)
 
 
 if __name__ == "__main__":

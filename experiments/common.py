@@ -26,6 +26,7 @@ sys.path.insert(0, str(HERE.parent))
 from summary import write_summary
 
 import train
+from core.exits import run_script
 
 WORK, RESULTS = HERE / "work", HERE / "results"
 START = WORK / "pretrained" / "best.pt"  # written by pretrain.py
@@ -150,11 +151,9 @@ def run_once(folder: Path, flags: list, patch=None) -> RunResult:
 def run_train(argv: list[str]) -> int:
     """Run train.py in this process -> exit code. An error prints one line, as in the script."""
     try:
-        return train.main(argv)
-    except train.INPUT_ERRORS as error:
-        return train.fail(error)
-    except train.NUMBERS_ERRORS as error:
-        return train.fail(error, 3)
+        run_script(lambda: train.main(argv))
+    except SystemExit as ending:
+        return ending.code
 
 
 def read_result(folder: Path) -> RunResult:

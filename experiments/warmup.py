@@ -31,17 +31,18 @@ class SharedSchedule(train.RelativeSchedule):
     It rises linearly from a tenth of the highest base rate to that rate, then falls as a cosine.
     """
 
-    def _write(self):
-        warmup, total = self.arguments[:2]
-        peak = max(group["initial_lr"] for group in self.optimizer.param_groups)
-        step = int(self.steps)
-        if step < warmup:
-            rate = peak * (0.1 + 0.9 * step / warmup)
-        else:
-            progress = min(1, (step - warmup) / max(1, total - warmup))
-            rate = peak * 0.5 * (1 + math.cos(math.pi * progress))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+    def __init__(self, optimizer, warmup_steps, total_steps, *args, **kwargs):
+        self.warmup, self.total = warmup_steps, total_steps
+        highest = max(group["lr"] for group in optimizer.param_groups)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = highest
+        super().__init__(optimizer, warmup_steps, total_steps, *args, **kwargs)
+
+    def factor(self, step):
+        if step < self.warmup:
+            return self.scale * (0.1 + 0.9 * step / self.warmup)
+        progress = min(1, (step - self.warmup) / max(1, self.total - self.warmup))
+        return self.scale * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def shared_schedule():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
+import flags
 import train
 from model.ast import AST, ASTConfig
 from model.frontend import LogMel
@@ -40,10 +41,10 @@ def read_rows(path):
 def test_flags_of_every_arm_are_flags_of_the_program(name, studies):
     arms = studies[name].ARMS
     assert len(arms) > 2 and len(studies[name].CLAIM) > 20
-    for flags in arms.values():
-        flags = flags[0] if isinstance(flags, tuple) else flags
-        _, given = train.parse(["--data", "x", *map(str, flags)])
-        assert len(given) == 1 + sum(str(flag).startswith("--") for flag in flags)
+    for arm in arms.values():
+        words = arm[0] if isinstance(arm, tuple) else arm
+        _, given = flags.parse(["--data", "x", *map(str, words)])
+        assert len(given) == 1 + sum(str(word).startswith("--") for word in words)
 
 
 def test_shared_schedule_writes_one_rate_to_all_groups(studies):
@@ -76,8 +77,8 @@ def test_thinned_data_have_uneven_classes_and_separate_folds(studies, tmp_path, 
             for f in range(1, 6):
                 out.writerows([f"{c}-{f}-{i}.wav", f, c, f"class{c}"] for i in range(8))
     monkeypatch.setattr(studies["longtail"], "WORK", tmp_path)
-    flags = studies["longtail"].thinned_data(SimpleNamespace(data=str(tmp_path)), fold)
-    rows = read_rows(flags[1])
+    _, table, *_ = studies["longtail"].thinned_data(SimpleNamespace(data=str(tmp_path)), fold)
+    rows = read_rows(table)
     counts, folds = {}, {}
     for split in ("train", "val", "test"):
         own = [row for row in rows if row["split"] == split]
