@@ -228,7 +228,7 @@ def replacing(out):
 
 def write_hf(folder: Path, checkpoint: Checkpoint, info: dict, model: AST, frontend: nn.Module
              ) -> None:
-    """Write config.json, model.safetensors, README.md, and preprocessor_config.json if it exists."""
+    """Write config.json, model.safetensors, README.md, and preprocessor_config.json if possible."""
     config = frontend.config
     geometry, tensors = to_hub(model.state_dict(), model.config, config.frames(info["samples"]))
     folder.mkdir()
