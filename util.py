@@ -44,12 +44,14 @@ def sha256_of(path: str | os.PathLike) -> str:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
+def atomic_write(path: str | os.PathLike, mode: str = "w", durable: bool = True
+                 ) -> Iterator[IO[Any]]:
     """Open a temporary file that replaces `path` when the block ends without an error.
 
     A reader, also one after a crash, sees the old content or the new, never a part. Text is UTF-8
     with "\\n" line ends; bytes of a file name that are not UTF-8 are written as they are. Missing
-    parent folders are made. Raises OSError; the old file is then intact and nothing is left over.
+    parent folders are made. durable: wait until the content is on disk, for files that cannot be
+    made again. Raises OSError; the old file is then intact and nothing is left over.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,8 +60,9 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO[Any]]:
     try:
         with open(handle, mode, **text) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes it private
         os.replace(temporary, path)
     except BaseException:
