@@ -130,7 +130,7 @@ def describe_machine(device):
     except OSError:
         commit = None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    packages = {name: version(name) for name in ("torch", "torchaudio", "timm", "numpy", "soundfile", "soxr")}
+    packages = {name: version(name) for name in ("torch", "timm", "numpy", "soundfile", "soxr")}
     return {"commit": commit, "python": platform.python_version(), "versions": packages, "device": str(device),
             "device_name": name, "threads": torch.get_num_threads()}
 
