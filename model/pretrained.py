@@ -124,13 +124,15 @@ def load_pretrained(model: AST, path_or_name: str | Path, keep_head: bool = Fals
 
 
 def _frontend_change(theirs, own):
-    """"kind fbank, now logmel; ..." for all settings that differ; "" if none or unknown."""
-    changes = []
+    """"kind fbank, now logmel; ..." for the settings that differ; "" if none or unknown."""
+    changes = {}
     for name, value in own.to_dict().items():
         before = theirs.get(name) if isinstance(theirs, dict) else None
         if isinstance(before, str | int | float) and before != value:
-            changes.append(f"{name} {before!s:.20}, now {value}")
-    return "; ".join(changes)
+            changes[name] = f"{name} {before!s:.20}, now {value}"
+    if "kind" in changes:  # the rest follows from it
+        changes = {name: changes[name] for name in ("kind", "sample_rate") if name in changes}
+    return "; ".join(changes.values())
 
 
 def _check_geometry(config, tensors, source):
