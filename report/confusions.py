@@ -125,8 +125,9 @@ def _cells(counts, i, row, order, names):
         what = "classified correctly" if i == j else f"predicted as {printable(names[j])}"
         cells.append({
             "key": f"{i},{j}", "at": f"{row},{column}", "n": counts[j],
-            "correct": i == j, "strong": share > 0.4,
-            "opacity": 0.12 + 0.88 * share ** 0.6,  # a few percent show beside a strong diagonal
+            "kind": f"{'right' if i == j else 'wrong'}-cell{' strong' if share > 0.4 else ''}",
+            # An exponent below 1, so that a few percent show beside a strong diagonal.
+            "opacity": f"{0.12 + 0.88 * share ** 0.6:.2f}",
             "label": f"{printable(names[i])} {what}: {counts[j]:,} of {support:,} clips"})
     return cells
 

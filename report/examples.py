@@ -202,8 +202,8 @@ def _overlay(example, patch):
     margin = (size - stride) / 2  # patches overlap: each is drawn over its middle
     opacity = 0.8 * example.relevance / example.relevance.max()
     return {"address": data_address("image/png", colour_png(opacity, ORANGE)),
-            "left": margin / frames, "width": stride * columns / frames,
-            "bottom": margin / n_mels, "height": stride * rows / n_mels}
+            "place": [("left", margin / frames), ("width", stride * columns / frames),
+                      ("bottom", margin / n_mels), ("height", stride * rows / n_mels)]}
 
 
 def hertz_ticks(mel_hz: np.ndarray | None) -> list[tuple[str, float]]:

@@ -80,7 +80,11 @@ def _environment():
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, finalize=show,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
-    environment.filters |= {"prose": _keep_flags_whole, "printable": printable}
+    environment.filters |= {
+        "keep_flags_whole": _keep_flags_whole,
+        "decimals": lambda value, digits=3: f"{value:.{digits}f}",
+        "percent": lambda share, digits=0: f"{share:.{digits}%}",
+        "thousands": lambda number: f"{number:,}"}
     return environment
 
 
@@ -95,7 +99,8 @@ def _render(content):
 
 def _keep_flags_whole(text):
     """Text in which no flag is broken over two lines."""
-    return Markup(re.sub(r"--[a-z][a-z-]+", r'<span class="flag">\g<0></span>', escape(text)))
+    flag = r'<span class="flag">\g<0></span>'
+    return Markup(re.sub(r"--[a-z][a-z-]+", flag, escape(printable(text))))
 
 
 def _add_sounds(content, examples, max_bytes):
@@ -138,12 +143,14 @@ def _head(run, epoch):
 
 def _classes(run):
     """Rows of the table of classes, its columns, and recall by number of training clips."""
-    columns = ["recall, 95% interval", f"{CLIPS[run.metrics['split']]}s"]
+    numbers = [f"{CLIPS[run.metrics['split']]}s"]
     if run.train_counts is not None:
-        columns.append("training clips")
-    columns += ["precision", "F1", "AP"]
+        numbers.append("training clips")
+    numbers += ["precision", "F1", "AP"]
     if run.multi_label:
-        columns.append("threshold")
+        numbers.append("threshold")
+    columns = [("class", "left"), ("recall, 95% interval", "left"),
+               *[(name, "n") for name in numbers], ("most confused with", "left")]
     return {"columns": columns, "classes": [_class_row(run, i) for i in range(len(run.names))],
             "thirds": _thirds(run)}
 

@@ -70,14 +70,13 @@ def line_axes(ax, lines: Sequence[Line], x_label: str, best: float | None = None
     if not finite:
         ax.text(0.5, 0.5, "no values yet", transform=ax.transAxes, ha="center", color=GREY)
         return False
-    x_low, x_high = (pick([pick(line.x) for line in finite]) for pick in (min, max))
-    margin = 0.03 * (x_high - x_low) or 0.5
-    ax.set_xlim(x_low - margin, x_high + margin)
+    x, y = np.concatenate([line.x for line in finite]), np.concatenate([line.y for line in finite])
+    margin = 0.03 * (x.max() - x.min()) or 0.5
+    ax.set_xlim(x.min() - margin, x.max() + margin)
     if log:
         log_rate_axis(ax, [line.y for line in finite])
     else:
-        highest = max(line.y.max() for line in finite) * 1.06
-        ax.set_ylim(min(0.0, *(line.y.min() for line in finite)), max(highest, top or 0.0) or 1.0)
+        ax.set_ylim(min(0.0, y.min()), max(1.06 * y.max(), top or 0.0) or 1.0)
     if best is not None:
         ax.axvline(best, color=GREY, linewidth=0.9, linestyle="--", zorder=1)
     for line in finite:

@@ -221,10 +221,12 @@ def test_players_play_one_at_a_time_from_where_the_spectrogram_is_clicked(browse
     assert float(js("document.querySelector('.playing .head').style.left")[:-1]) > 5
     js(f"void {second}.play()")
     wait_until(lambda: js(f"{first}.paused") and js(f"{second}.currentTime") > 0.1)
+    js(f"void ({third}.onplay = event => {{ window.startedAt = event.target.currentTime; }})")
     picture = js("document.querySelectorAll('.picture')[2]")
     js("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", picture)
     move_to(browser, picture, click=True)  # in its middle
-    wait_until(lambda: 1.0 <= js(f"{third}.currentTime") < 1.9)
+    wait_until(lambda: js("window.startedAt") is not None)
+    assert js("window.startedAt") == pytest.approx(1.0, abs=0.05)
     js("void document.querySelectorAll('audio').forEach(player => player.pause())")
     assert js("performance.getEntriesByType('resource')"
               ".filter(e => !e.name.startsWith('data:')).length") == 0

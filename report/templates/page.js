@@ -65,11 +65,11 @@ function choose(key, moveFocus) {
   const [truth, predicted] = key.split(",").map(index => clips.names[index]);
   const listed = clips.cells[key] || [];
   for (const cell of cells) cell.classList.toggle("chosen", cell.dataset.cell === key);
-  $("cell-title").textContent = truth === predicted ? `${truth}, correct` : `${truth} → ${predicted}`;
+  const title = truth === predicted ? `${truth}, correct` : `${truth} → ${predicted}`;
+  $("cell-title").textContent = title;
   $("cell-clips").replaceChildren();
   listed.forEach(listClip);
-  const more = $("cell-note").dataset.more;
-  $("cell-note").textContent = `${listed.length} listed, most confident first. ${more}`;
+  $("cell-note").textContent = `${listed.length} listed, most confident first.`;
   if (moveFocus) $("cell-title").focus();
 }
 
@@ -90,7 +90,8 @@ for (const link of document.querySelectorAll("[data-go]")) {
   link.addEventListener("click", () => choose(link.dataset.go, true));
 }
 
-// Players: one at a time, with a line that moves over the spectrogram; a click on it plays from there.
+// Players: one at a time, with a line that moves over the spectrogram.
+// A click on it plays from there.
 const players = [...document.querySelectorAll("audio")];
 for (const player of players) {
   const picture = player.closest(".card").querySelector(".picture");
