@@ -19,11 +19,11 @@ from core.scoring import Scorer, calibration_of, evaluate, find_checkpoint, rest
 from core.scoring.report_page import write_report
 from data.cache import WaveCache
 from data.clips import Clips, evaluation_batches
+from data.load import load_manifest
 from data.manifest import SPLITS, DataError, Manifest
 from data.named import credit, find_data
 from data.prepare import cache_folder
 from data.scan import scan
-from data.load import load_manifest
 from losses import SIGMOID_LOSSES, build_loss
 from report.results import result_lines, write_results
 from util import summarize

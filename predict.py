@@ -23,18 +23,20 @@ import torch
 from tqdm import tqdm
 
 from metrics import apply_temperature
-from core.checkpoint import link, load_checkpoint, reading
-from core.guard import NumbersError
-from core.memory import ran_out
-from core.precision import choose_precision, pick_device
-from core.run import DISK_ERRORS, RunError, create_run, write_json
-from core.signals import StopRequest
+from core.run.checkpoint import as_checkpoint_error as reading, link, load_checkpoint
+from core.divergence import TrainingError as NumbersError
+from core.device.memory import is_out_of_memory as ran_out
+from core.device.precision import choose_precision, pick_device
+from core.exits import run_script, print_error
+from core.run.folder import RunError, create_run
+from util import write_json, printable
+from core.run.signals import StopRequest
 from core.smoke import duration
 from data.audio import AudioError, check
 from data.manifest import DataError
-from data.scan import printable, write_bad_files
+from data.scan import write_bad_files
 from data.stream import Windows, find_recordings, read_headers, number_groups, window_batches
-from evaluate import INPUT_ERRORS, calibration_of, escape_names, fail, find_checkpoint, multi_label_of, restore, window_scores
+from core.scoring import calibration_of, find_checkpoint, is_multi_label as multi_label_of, restore, window_scores
 from report.tracks import label_track, labelled, selection_table, window_lines, window_rows
 from util import plural as count
 
@@ -50,7 +52,7 @@ def parse(argv=None):
         where; bad_files.csv what could not be read and why. Windows are never merged: a call
         that goes on over three windows is three lines. A run that was stopped, by whatever, is continued by the same command:
         what is done is not done again, a recording that has changed is; parts/ is there for that.""")
-    parser.error = lambda message: sys.exit(fail(f"{message} (see --help)"))
+    parser.error = lambda message: [print_error(f"{message} (see --help)"), sys.exit(2)]
     parser.add_argument("inputs", nargs="+", metavar="FILES_OR_FOLDERS", help="recordings, and folders with recordings "
                         "anywhere below")
     add = parser.add_argument
@@ -194,7 +196,7 @@ def predict(model, frontend, batches, precision, multi_label, new_part, bar):
             parts[recording.file] = new_part(recording)
         return parts[recording.file]
 
-    with precision.window():
+    with precision.cast_weights_once():
         for batch in batches:
             if batch.windows:
                 _, probabilities, features = window_scores(model, frontend, torch.from_numpy(batch.wave), precision, multi_label)
@@ -218,7 +220,7 @@ def open_out(out):
     try:
         if out.is_dir() and not (out / "settings.json").exists() and any(p.name not in (".lock", "parts") for p in out.iterdir()):
             raise RunError(f"--out {out}: holds other things than predictions; give another --out")
-        create_run(out, again=True)
+        create_run(out, may_exist=True)
         (out / "parts").mkdir(exist_ok=True)
         return json.loads((out / "settings.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -400,17 +402,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    escape_names()
-    try:
-        main()
-    except INPUT_ERRORS as error:
-        sys.exit(fail(error))
-    except NumbersError as error:
-        sys.exit(fail(error, 3))
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        sys.exit(fail(f"{error.filename or 'the results'}: cannot be written ({error.strerror}); free some space or permit "
-                      "writing, then give the same command: what is done is kept"))
-    except KeyboardInterrupt:  # before main could see to it
-        sys.exit(130)
+    run_script(main)

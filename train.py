@@ -33,11 +33,11 @@ from core.scoring.report_page import write_report
 from core.smoke import smoke_test
 from data.augment import Augment
 from data.clips import Batch, Clips, TrainLoader, evaluation_batches
+from data.load import load_manifest
 from data.manifest import DataError
 from data.named import find_data
 from data.prepare import cache_folder
 from data.sampling import write_coverage
-from data.load import load_manifest
 from losses import balanced_alpha, build_loss, is_correct
 from metrics import HISTORY_COLUMNS, MONITORS, calibrate, point_metrics, predicted_classes
 from model.groups import freeze_backbone, parameter_groups

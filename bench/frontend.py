@@ -1,10 +1,11 @@
-"""Milliseconds a clip for the spectrogram, this project's front ends against the usual ways, on 4 s clips.
+"""Milliseconds per clip for the spectrogram: this program's front ends against the usual libraries.
 
     pip install -r bench/requirements.txt
     python bench/frontend.py
 
-LogMel against librosa (mel power spectrum, power to dB, one clip at a time) and torchaudio (MelSpectrogram and
-AmplitudeToDB, batched); Fbank against torchaudio's Kaldi fbank (one clip at a time) and the hub's feature extractor.
+LogMel against librosa (one clip at a time) and torchaudio (MelSpectrogram and AmplitudeToDB,
+batched). Fbank against torchaudio's Kaldi fbank (one clip at a time) and the hub's feature
+extractor. Clips are 4 s of noise.
 """
 import argparse
 
@@ -19,46 +20,78 @@ from core.precision import pick_device
 from model.frontend import Fbank, LogMel
 
 
+def librosa_logmel(clips):
+    for clip in clips:
+        mel = librosa.feature.melspectrogram(y=clip, sr=22050, n_fft=2048, hop_length=512,
+                                             n_mels=128)
+        librosa.power_to_db(mel, ref=np.max)
+
+
+def torchaudio_logmel(device):
+    mel = torchaudio.transforms.MelSpectrogram(22050, 2048, hop_length=512, n_mels=128,
+                                               norm="slaney", mel_scale="slaney")
+    return torch.nn.Sequential(mel, torchaudio.transforms.AmplitudeToDB(top_db=80)).to(device)
+
+
+def kaldi_fbank(wave):
+    for clip in wave:
+        torchaudio.compliance.kaldi.fbank(
+            clip[None], htk_compat=True, sample_frequency=16000, use_energy=False,
+            window_type="hanning", num_mel_bins=128, dither=0.0, frame_shift=10)
+
+
+def logmel_sides(batch, generator, device):
+    """{name: function}, ours first."""
+    wave = 0.1 * torch.randn(batch, 88200, generator=generator)
+    on_device, clips = wave.to(device), list(wave.numpy())
+    ours, theirs = LogMel().to(device), torchaudio_logmel(device)
+    return {
+        "LogMel": lambda: ours(on_device),
+        "librosa": lambda: librosa_logmel(clips),
+        "torchaudio MelSpectrogram": lambda: theirs(on_device),
+    }
+
+
+def fbank_sides(batch, generator, device):
+    """{name: function}, ours first."""
+    wave = 0.1 * torch.randn(batch, 64000, generator=generator)
+    on_device, clips = wave.to(device), list(wave.numpy())
+    ours, extractor = Fbank().to(device), ASTFeatureExtractor(max_length=398)
+    return {
+        "Fbank": lambda: ours(on_device),
+        "Kaldi fbank (torchaudio)": lambda: kaldi_fbank(wave),
+        "hub's feature extractor":
+            lambda: extractor(clips, sampling_rate=16000, return_tensors="np"),
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 256])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="auto", help="of the batched ones; librosa, Kaldi and the hub work on the host")
+    parser.add_argument("--device", default="auto",
+                        help="for the batched ones; librosa, Kaldi and the hub's use the CPU")
     parser.add_argument("--out", default="bench/results/frontend.jsonl")
     args = parser.parse_args()
     device = pick_device(args.device)
     generator = torch.Generator().manual_seed(0)
-    logmel, fbank = LogMel().to(device), Fbank().to(device)
-    mel = torchaudio.transforms.MelSpectrogram(22050, 2048, hop_length=512, n_mels=128, norm="slaney",
-                                               mel_scale="slaney").to(device)
-    decibel = torchaudio.transforms.AmplitudeToDB(top_db=80).to(device)
-    extractor = ASTFeatureExtractor(max_length=398)
     rows = []
     for batch in args.batches:
-        wave22 = 0.1 * torch.randn(batch, 88200, generator=generator)
-        wave16 = 0.1 * torch.randn(batch, 64000, generator=generator)
-        here22, here16 = wave22.to(device), wave16.to(device)
-        clips22, clips16 = list(wave22.numpy()), list(wave16.numpy())
-        sides = {
-            "LogMel": lambda: logmel(here22),
-            "librosa": lambda: [librosa.power_to_db(librosa.feature.melspectrogram(
-                y=clip, sr=22050, n_fft=2048, hop_length=512, n_mels=128), ref=np.max) for clip in clips22],
-            "torchaudio MelSpectrogram": lambda: decibel(mel(here22)),
-            "Fbank": lambda: fbank(here16),
-            "Kaldi fbank (torchaudio)": lambda: [torchaudio.compliance.kaldi.fbank(
-                clip[None], htk_compat=True, sample_frequency=16000, use_energy=False, window_type="hanning",
-                num_mel_bins=128, dither=0.0, frame_shift=10) for clip in wave16],
-            "hub's feature extractor": lambda: extractor(clips16, sampling_rate=16000, return_tensors="np"),
-        }
-        with torch.inference_mode():
-            times = in_turn(sides, args.rounds, device)
-        for name, seconds in times.items():
-            own = times["LogMel" if name in list(sides)[:3] else "Fbank"]
-            each, ratio = spread([1000 * s / batch for s in seconds]), spread([s / o for s, o in zip(seconds, own)])
-            rows.append([batch, name, f"{each[0]:.2f} ({each[1]:.2f} to {each[2]:.2f})",
-                         f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})"])
-    report("frontend", vars(args), ["batch", "side", "ms a clip, median (range)", "ours is faster by"], rows,
-           [f"{torch.get_num_threads()} threads, {device}, {args.rounds} rounds in turn, 4 s clips"], device, args.out)
+        for make_sides in (logmel_sides, fbank_sides):
+            sides = make_sides(batch, generator, device)
+            with torch.inference_mode():
+                times = in_turn(sides, args.rounds, device)
+            own = next(iter(times.values()))
+            for name, seconds in times.items():
+                milliseconds = spread([1000 * s / batch for s in seconds])
+                ratio = spread([s / o for s, o in zip(seconds, own, strict=True)])
+                cells = [f"{median:.2f} ({low:.2f} to {high:.2f})"
+                         for median, low, high in (milliseconds, ratio)]
+                rows.append([batch, name, *cells])
+    columns = ["batch", "side", "ms a clip, median (range)", "ours is faster by"]
+    note = (f"{torch.get_num_threads()} threads, {device}, {args.rounds} rounds in turn, "
+            "4 s clips")
+    report("frontend", vars(args), columns, rows, [note], device, args.out)
 
 
 if __name__ == "__main__":

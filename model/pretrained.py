@@ -1,7 +1,7 @@
-"""Load pretrained weights into an AST. Every tensor is accounted for; nothing stays random silently.
+"""Load pretrained weights into an AST. Every tensor is accounted for; none is silently random.
 
-Sources: the AudioSet weights by name (pinned revision and SHA-256), timm's distilled DeiT by name, or a
-file: the AST authors' `.pth`, the Hugging Face hub's safetensors (or a folder with them, as
+Sources: the AudioSet weights by name (pinned revision and SHA-256), timm's distilled DeiT by name,
+or a file: the AST authors' `.pth`, the Hugging Face hub's safetensors (or a folder with them, as
 `export.py --to hf` writes it), or a checkpoint of this program. `to_hub` converts the other way.
 """
 import hashlib
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from util import InputError, sha256_of, summarize
 
-from .ast import AST, ASTConfig, N_EXTRA_TOKENS, fit_positions
+from .ast import AST, N_EXTRA_TOKENS, ASTConfig, fit_positions
 from .frontend import FrontendConfig
 
 AUDIOSET = {
@@ -39,7 +39,7 @@ SIZES = {(768, 12): "base", (384, 12): "small", (192, 12): "tiny"}  # by (dim, d
 
 
 class WeightsError(InputError):
-    """Weights that cannot be loaded: one line that names the source, the problem and how to fix it."""
+    """Weights that cannot be loaded: one line with the source, the problem and how to fix it."""
 
 
 @dataclass
@@ -74,7 +74,7 @@ class _Source:
     name: str  # for messages
     tensors: dict[str, Tensor]  # by the source's own names
     sha256: str
-    frontend: Any = None  # fields of the FrontendConfig that the weights were trained with, if known
+    frontend: Any = None  # FrontendConfig of their training as a dict, None if unknown
     hub_config: dict = field(default_factory=dict)  # the config.json of a hub folder
 
 
@@ -88,9 +88,9 @@ def load_pretrained(model: AST, path_or_name: str | Path, keep_head: bool = Fals
     own_reader: reads and checks a checkpoint of this program. Default: no checks.
     frontend: the model's front end. The report says how it differs from the weights' one, if known.
 
-    The model's position parameter takes the grid of another AST; an image model's grid is fitted to it.
-    Raises WeightsError if a tensor is missing, unexpected, of the wrong shape or not finite. The model
-    is then unchanged.
+    The model's position parameter takes the grid of another AST; an image model's grid is fitted
+    to it. Raises WeightsError if a tensor is missing, unexpected, of the wrong shape or not finite;
+    the model is then unchanged.
     """
     source = _read(model.config, str(path_or_name), own_reader)
     report = LoadReport(source.name, source.sha256, columns=model.config.time_patches)
@@ -104,13 +104,14 @@ def load_pretrained(model: AST, path_or_name: str | Path, keep_head: bool = Fals
         if key.startswith("head.") and not keep_head:
             report.reinitialised[key] = "new classes"
         elif key not in tensors:
-            raise WeightsError(f"--weights {source.name}: no tensor for {key}; it is not a whole AST")
+            raise WeightsError(f"--weights {source.name}: no tensor for {key}; it is not a whole "
+                               "AST")
         else:
             new[key] = _fit(key, tensors, own, model.config, report)
     for key in tensors:
         if key not in state:
-            raise WeightsError(f"--weights {source.name}: unexpected tensor {key}; use the weights of "
-                               "an AST")
+            raise WeightsError(f"--weights {source.name}: unexpected tensor {key}; use the weights "
+                               "of an AST")
         if key in report.reinitialised:
             report.unused[key] = "the source's own classifier"
     for key, value in new.items():
@@ -123,11 +124,12 @@ def load_pretrained(model: AST, path_or_name: str | Path, keep_head: bool = Fals
 
 
 def _frontend_change(theirs, own):
-    """"kind fbank, now logmel; ..." for all settings that differ, "" if none does or it is unknown."""
-    if not isinstance(theirs, dict):
-        return ""
-    changes = [f"{name} {theirs[name]!s:.20}, now {value}" for name, value in own.to_dict().items()
-               if name in theirs and theirs[name] != value]
+    """"kind fbank, now logmel; ..." for all settings that differ; "" if none or unknown."""
+    changes = []
+    for name, value in own.to_dict().items():
+        before = theirs.get(name) if isinstance(theirs, dict) else None
+        if isinstance(before, str | int | float) and before != value:
+            changes.append(f"{name} {before!s:.20}, now {value}")
     return "; ".join(changes)
 
 
@@ -140,8 +142,8 @@ def _check_geometry(config, tensors, source):
             fix = "give the --dim, --depth and --heads that the weights were made with"
             if (dim, depth) in SIZES:
                 fix = f"use --size {SIZES[dim, depth]}"
-            raise WeightsError(f"--weights {source.name}: dim {dim} and depth {depth}, but the model "
-                               f"has dim {config.dim} and depth {config.depth}; {fix}")
+            raise WeightsError(f"--weights {source.name}: dim {dim} and depth {depth}, but the "
+                               f"model has dim {config.dim} and depth {config.depth}; {fix}")
     for theirs, ours in _HUB_CONFIG.items():
         own = getattr(config, ours)
         value = source.hub_config.get(theirs, own)
@@ -149,12 +151,12 @@ def _check_geometry(config, tensors, source):
             fix = "use other weights"
             if theirs == "num_attention_heads" and type(value) is int:
                 fix = f"use --heads {value}"
-            raise WeightsError(f"--weights {source.name}: its {theirs} is {value!r:.40}, the model's "
-                               f"is {own}; {fix}")
+            raise WeightsError(f"--weights {source.name}: its {theirs} is {value!r:.40}, the "
+                               f"model's is {own}; {fix}")
 
 
 def _fit(key, tensors, own, config, report):
-    """The source's value for the parameter `key`, whose own value is `own`; notes it in the report."""
+    """The source's value for the parameter `key`, now `own`. Notes in the report what it did."""
     value, kernel = tensors[key].float(), tensors.get("patch_embed.weight")
     is_image = kernel is not None and kernel.dim() == 4 and kernel.shape[1] == 3
     if key == "pos_embed" and value.dim() == 3 and value.shape[2] == own.shape[2]:
@@ -192,9 +194,9 @@ def _read(config, name, own_reader):
         hub_config = _hub_config(path / "config.json", name)
         path = path / "model.safetensors"
         if not path.is_file():
-            raise WeightsError(f"--weights {name}: a folder without model.safetensors; give one that "
-                               "export.py --to hf wrote, or the path of a .pth, .safetensors or .pt "
-                               "file")
+            raise WeightsError(f"--weights {name}: a folder without model.safetensors; give one "
+                               "that export.py --to hf wrote, or the path of a .pth, .safetensors "
+                               "or .pt file")
     if not path.is_file():
         raise WeightsError(f"--weights {name}: no such file; give {', '.join(NAMES)}, none, or the "
                            "path of a .pth, .safetensors or .pt file")
@@ -228,8 +230,8 @@ def _load_file(path, name, own_reader):
         with warnings.catch_warnings(action="ignore"):  # a TorchScript archive warns, then fails
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise WeightsError(f"--weights {name}: contains pickled Python objects, which are never run; "
-                           "convert it to .safetensors, or save its state_dict alone") from None
+        raise WeightsError(f"--weights {name}: contains pickled Python objects, which are never "
+                           "run; convert it to .safetensors or save its state_dict alone") from None
     except Exception as error:  # the readers raise many types for damaged files
         reason = " ".join(str(error).split())[:120]
         raise WeightsError(f"--weights {name}: cannot be read, it is damaged or of another format "
@@ -255,7 +257,7 @@ def _is_state_dict(state):
 
 
 def _audioset_file():
-    """Path of the pinned AudioSet file in huggingface_hub's cache, downloaded if needed, checked."""
+    """Path of the pinned AudioSet file, checked. It is downloaded if it is not cached."""
     from huggingface_hub import hf_hub_download
     repo, revision, filename = AUDIOSET["repo_id"], AUDIOSET["revision"], AUDIOSET["filename"]
     try:
@@ -263,27 +265,28 @@ def _audioset_file():
     except Exception as error:  # offline, refused, proxy, disk full: the fix is the same
         url = f"https://huggingface.co/{repo}/resolve/{revision}/{filename}"
         raise WeightsError(f"--weights audioset: the file cannot be fetched "
-                           f"({type(error).__name__}); download {url} with any machine and give its "
-                           "path to --weights, or start from --weights none") from None
+                           f"({type(error).__name__}); download {url} with any machine and give "
+                           "its path to --weights, or start from --weights none") from None
     if path.stat().st_size != AUDIOSET["size"] or sha256_of(path) != AUDIOSET["sha256"]:
-        raise WeightsError(f"--weights audioset: {path} is not the published file (sha256 differs); "
-                           "delete it and run again")
+        raise WeightsError(f"--weights audioset: {path} is not the published file (sha256 "
+                           "differs); delete it and run again")
     return path
 
 
 def _imagenet(config):
     name = IMAGENET.get(config.dim)
     if name is None or config.depth != 12:
-        raise WeightsError(f"--weights imagenet: there is no distilled DeiT of dim {config.dim} and "
-                           f"depth {config.depth}; use --size tiny, small or base")
+        raise WeightsError(f"--weights imagenet: there is no distilled DeiT of dim {config.dim} "
+                           f"and depth {config.depth}; use --size tiny, small or base")
     import timm
     try:
         tensors = timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:
-        raise WeightsError(f"--weights imagenet: {name} cannot be fetched ({type(error).__name__}); "
-                           "on a machine with a network run "
-                           f"`python -c \"import timm; timm.create_model('{name}', pretrained=True)\"` "
-                           "and copy its cache, or start from --weights none") from None
+        command = f"import timm; timm.create_model('{name}', pretrained=True)"
+        raise WeightsError(f"--weights imagenet: {name} cannot be fetched "
+                           f"({type(error).__name__}); on a machine with a network run "
+                           f"`python -c \"{command}\"` and copy its cache, or start from "
+                           "--weights none") from None
     digest = hashlib.sha256()
     for key in sorted(tensors):
         digest.update(key.encode() + tensors[key].contiguous().numpy().tobytes())
@@ -355,8 +358,8 @@ def _from_hub(tensors, name):
 def to_hub(weights: dict[str, Tensor], config: ASTConfig, frames: int) -> tuple[dict, dict]:
     """Convert an AST's weights for transformers' ASTForAudioClassification.
 
-    weights: by their names here. frames: the one input length of the hub's model; the position grid is
-    fitted to it. Returns (the geometry for its config.json, tensors by its names).
+    weights: by their names here. frames: the one input length of the hub's model; the position grid
+    is fitted to it. Returns (the geometry for its config.json, tensors by its names).
 
     The hub's model has one eps for all norms, here the blocks' 1e-6. The head's is 1e-5, as the AST
     authors have it; the difference is about 1e-5 of a logit.

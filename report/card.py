@@ -63,3 +63,53 @@ def table(head: Sequence, rows: Iterable[Sequence]) -> str:
 def escaped(name: str) -> str:
     """A class name without characters that mean something in Markdown or HTML."""
     return "".join("\\" + c if c in string.punctuation else printable(c) for c in name)
+
+
+def usage_code(info: dict, c, frames: int, has_extractor: bool, scaling: tuple[float, float]
+               ) -> str:
+    """Python code from a recording to probabilities, with the files of export.py --to hf.
+
+    c: the FrontendConfig. has_extractor: whether transformers has the front end. scaling: mean and
+    standard deviation of an fbank front end.
+    """
+    n, rate = info["samples"], info["sample_rate"]
+    mean, std = scaling
+    if info["short"] == "repeat":
+        lengthened = f"np.resize(wave, {n})"
+    else:
+        lengthened = f"np.pad(wave, (0, {n} - len(wave)))"
+    scores = "sigmoid()" if info["multi_label"] else "softmax(dim=1)"
+    if has_extractor:
+        imports = "from transformers import AutoFeatureExtractor, AutoModelForAudioClassification"
+        features = f'''extractor = AutoFeatureExtractor.from_pretrained(folder)
+x = extractor(wave, sampling_rate={rate}, return_tensors="pt")["input_values"]'''
+    elif c.kind == "fbank":
+        imports = "import torchaudio\nfrom transformers import AutoModelForAudioClassification"
+        features = f'''x = torchaudio.compliance.kaldi.fbank(
+    torch.from_numpy(wave)[None], sample_frequency={rate}, window_type="hanning",
+    num_mel_bins={c.n_mels}, use_energy=False, htk_compat=True, dither=0.0,
+    frame_length={1000 * c.win_length / rate:g}, frame_shift={1000 * c.hop_length / rate:g},
+    low_freq={c.fmin}, high_freq={c.fmax})
+x = (x[None] - {mean}) / (2 * {std})'''
+    else:
+        imports = "from transformers import AutoModelForAudioClassification"
+        features = f'''mel = librosa.feature.melspectrogram(
+    y=wave, sr={rate}, n_fft={c.n_fft}, win_length={c.win_length}, hop_length={c.hop_length},
+    n_mels={c.n_mels}, fmin={c.fmin}, fmax={c.fmax})
+db = librosa.power_to_db(mel, ref=np.max)
+x = torch.from_numpy((db - db.mean()) / (db.std() + 1e-6)).float().T[None]'''
+    return f'''import librosa
+import numpy as np
+import torch
+{imports}
+
+folder = "."  # this folder, or its name on the hub
+model = AutoModelForAudioClassification.from_pretrained(folder).eval()
+wave, _ = librosa.load("recording.wav", sr={rate}, mono=True)
+wave = {lengthened} if len(wave) < {n} else wave[:{n}]
+{features}  # (1, {frames}, {c.n_mels})
+with torch.no_grad():
+    probabilities = (model(x).logits / {info["temperature"]}).{scores}[0]
+for i in probabilities.argsort(descending=True)[:5].tolist():
+    print(f"{{probabilities[i]:.3f}} {{model.config.id2label[i]}}")
+'''

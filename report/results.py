@@ -70,7 +70,7 @@ def _metrics(result, manifest, split, calibration, calibrated, predicted):
     }
     train_rows = manifest.rows("train")
     if len(train_rows):  # data of another source has none
-        train_counts = manifest.take(train_rows).counts()
+        train_counts = manifest.select(train_rows).counts()
         metrics |= recall_by_frequency(result.scores, result.labels, train_counts, predicted)
     return metrics
 

@@ -133,7 +133,7 @@ def test_all_folds_with_one_command(tones, tmp_path, monkeypatch, capsys):
     (run / "fold2" / "test" / "scores.npz").unlink()  # as if the run had been killed there
     assert program(monkeypatch, tmp_path, *flags, data=table) == 0
     out = capsys.readouterr().out
-    assert out.count("done before") == 2 and "resumed after step" in out
+    assert out.count("already done") == 2 and "resumed after step" in out
     assert json.loads((run / "folds.json").read_text()) == folds
 
 

@@ -1,4 +1,4 @@
-"""Weights by name, fetched from a hub on loopback: the real client, the real file formats, random values."""
+"""Weights by name, from a local server: the real client and file formats, random values."""
 import hashlib
 import os
 import socket
@@ -10,18 +10,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from safetensors.torch import save_file
 from transformers import ASTConfig as HubConfig
 from transformers import ASTForAudioClassification
 
-from conftest import ROOT
 from model.pretrained import AUDIOSET
 
 COMMIT = AUDIOSET["revision"]
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers as the hub does for `/<repo>/resolve/<revision>/<file>`; `server.files` maps path to bytes."""
+    """Serves `/<repo>/resolve/<revision>/<file>` as the hub does, from `server.files`."""
 
     def do_HEAD(self):
         self.answer(body=False)
@@ -30,7 +30,7 @@ class Hub(BaseHTTPRequestHandler):
         self.answer(body=True)
 
     def answer(self, body):
-        self.server.asked.append((self.command, self.path))
+        self.server.requests.append((self.command, self.path))
         data = self.server.files.get(self.path.split("?")[0])
         if data is None:
             self.send_response(404)
@@ -53,82 +53,99 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files, server.asked = {}, []
+    server.files, server.requests = {}, []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
 
 
+LOAD = """
+from model import pretrained
+from model.ast import AST, ASTConfig
+pretrained.AUDIOSET.update({published!r})
+for name in {names!r}:
+    model = AST(ASTConfig.tiny(4))
+    try:
+        report = pretrained.load_pretrained(model, name)
+        print(report.lines()[0], model.norm.weight.double().sum().item())
+    except pretrained.WeightsError as error:
+        print("refused", error)
+"""
+
+
 def load(names, home, endpoint, published=None):
-    """`load_pretrained(AST.tiny, name)` for each name, in a process that knows only this hub and this cache
-    -> what it printed for each: the report's first line and the sum of the last norm, or the refusal."""
-    change = f"pretrained.AUDIOSET.update({published!r})" if published else "pass"
-    code = ("from model import pretrained\nfrom model.ast import AST, ASTConfig\n" + change + "\n"
-            f"for name in {names!r}:\n"
-            "    net = AST(ASTConfig.tiny(4))\n"
-            "    try:\n"
-            "        report = pretrained.load_pretrained(net, name)\n"
-            "        print(report.lines()[0], net.norm.weight.double().sum().item())\n"
-            "    except pretrained.WeightsError as error:\n"
-            "        print('refused', error)\n")
-    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()}
-    env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "*"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=150)
+    """Load the weights `names` in a process that knows only this server and this cache.
+
+    published: entries of AUDIOSET to replace. Returns one line per name: the first line of the
+    report and the sum of the last norm, or "refused" and the error.
+    """
+    code = LOAD.format(published=published or {}, names=names)
+    environment = {key: value for key, value in os.environ.items()
+                   if not key.startswith("HF_") and "proxy" not in key.lower()}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
+                    "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == len(names), done.stdout
     return lines
 
 
-def hub_weights(tmp_path):
-    """Random weights of the tiny size in the hub's file format -> (bytes, the sum of the last norm)."""
+def hub_weights(folder):
+    """Random weights of the tiny size in the hub's format -> (bytes, sum of the last norm)."""
     torch.manual_seed(1)
-    net = ASTForAudioClassification(HubConfig(hidden_size=192, num_hidden_layers=12, num_attention_heads=3,
-                                              intermediate_size=768, num_labels=5))
-    torch.nn.init.normal_(net.audio_spectrogram_transformer.layernorm.weight)
-    net.save_pretrained(tmp_path)
-    norm = net.audio_spectrogram_transformer.layernorm.weight.double().sum().item()
-    return (tmp_path / "model.safetensors").read_bytes(), norm
+    config = HubConfig(hidden_size=192, num_hidden_layers=12, num_attention_heads=3,
+                       intermediate_size=768, num_labels=5)
+    model = ASTForAudioClassification(config)
+    norm = model.audio_spectrogram_transformer.layernorm.weight
+    torch.nn.init.normal_(norm)
+    model.save_pretrained(folder)
+    return (folder / "model.safetensors").read_bytes(), norm.double().sum().item()
 
 
-def test_audioset_is_fetched_checked_and_kept(hub, tmp_path):
+def test_audioset_is_downloaded_checked_and_cached(hub, tmp_path):
     data, norm = hub_weights(tmp_path)
     path = f"/{AUDIOSET['repo_id']}/resolve/{COMMIT}/{AUDIOSET['filename']}"
     hub.files[path] = data
     published = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     endpoint = f"http://127.0.0.1:{hub.server_port}"
-    out, = load(["audioset"], tmp_path / "home", endpoint, published)
-    assert "tensors loaded" in out and published["sha256"][:12] in out
-    assert float(out.split()[-1]) == pytest.approx(norm, rel=1e-12)
-    assert ("GET", path) in hub.asked and all(COMMIT in asked for _, asked in hub.asked)
+    line, = load(["audioset"], tmp_path / "home", endpoint, published)
+    assert "tensors loaded" in line and published["sha256"][:12] in line
+    assert float(line.split()[-1]) == pytest.approx(norm, rel=1e-12)
+    assert ("GET", path) in hub.requests and all(COMMIT in path for _, path in hub.requests)
 
-    hub.asked.clear()  # the second time from the cache, now against the real file's digest
-    out, = load(["audioset"], tmp_path / "home", endpoint)
-    assert out.startswith("refused") and "sha256" in out and "delete it" in out
-    assert not [asked for asked in hub.asked if asked[0] == "GET"]
+    hub.requests.clear()  # now from the cache, and compared with the real file's digest
+    line, = load(["audioset"], tmp_path / "home", endpoint)
+    assert line.startswith("refused") and "sha256" in line and "delete it" in line
+    assert not [path for method, path in hub.requests if method == "GET"]
 
 
-def test_imagenet_is_fetched_through_timm(hub, tmp_path):
+def test_imagenet_is_downloaded_by_timm(hub, tmp_path):
     torch.manual_seed(2)
-    net = timm.create_model("deit_tiny_distilled_patch16_224")
-    torch.nn.init.normal_(net.norm.weight)
-    save_file(net.state_dict(), tmp_path / "deit.safetensors")
-    hub.files[f"/{net.default_cfg['hf_hub_id']}/resolve/main/model.safetensors"] = (
-        tmp_path / "deit.safetensors").read_bytes()
-    out, = load(["imagenet"], tmp_path / "home", f"http://127.0.0.1:{hub.server_port}")
-    assert "imagenet (deit_tiny_distilled_patch16_224)" in out, out
-    assert float(out.split()[-1]) == pytest.approx(net.norm.weight.double().sum().item(), rel=1e-12)
+    model = timm.create_model("deit_tiny_distilled_patch16_224")
+    torch.nn.init.normal_(model.norm.weight)
+    save_file(model.state_dict(), tmp_path / "deit.safetensors")
+    path = f"/{model.default_cfg['hf_hub_id']}/resolve/main/model.safetensors"
+    hub.files[path] = (tmp_path / "deit.safetensors").read_bytes()
+    line, = load(["imagenet"], tmp_path / "home", f"http://127.0.0.1:{hub.server_port}")
+    assert "imagenet (deit_tiny_distilled_patch16_224)" in line, line
+    expected = model.norm.weight.double().sum().item()
+    assert float(line.split()[-1]) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_without_the_file_or_a_network_there_is_a_mend_and_no_random_start(there, hub, tmp_path):
+@pytest.mark.parametrize("online", [True, False])
+def test_a_failed_download_says_how_to_fix_it_and_does_not_start_from_random(
+        online, hub, tmp_path):
     port = hub.server_port
-    if not there:
+    names = ["audioset", "imagenet"]
+    if not online:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-    names = ["audioset", "imagenet"] if there else ["audioset"]  # without a network the client tries for 25 s a file
-    for name, out in zip(names, load(names, tmp_path, f"http://127.0.0.1:{port}"), strict=True):
-        assert out.startswith(f"refused --weights {name}") and "cannot be fetched" in out and "--weights none" in out, out
+        names = ["audioset"]  # without a network the client tries for 25 s per file
+    lines = load(names, tmp_path, f"http://127.0.0.1:{port}")
+    for name, line in zip(names, lines, strict=True):
+        assert line.startswith(f"refused --weights {name}"), line
+        assert "cannot be fetched" in line and "--weights none" in line, line

@@ -1,4 +1,4 @@
-"""The schedule, with unequal LRs throughout: equal ones would hide the fault that it guards against."""
+"""The schedule, always with unequal rates: equal ones would hide one rate for all groups."""
 import math
 
 import pytest
@@ -7,8 +7,13 @@ import torch
 from sched import SHAPES, RelativeSchedule, lr_factor
 
 
-def optimizer(lrs=(5e-5, 1e-3)):
-    return torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in lrs])
+def optimizer():
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (5e-5, 1e-3)]
+    return torch.optim.SGD(groups)
+
+
+def rates(schedule):
+    return [float(group["lr"]) for group in schedule.optimizer.param_groups]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -22,24 +27,24 @@ def test_ratio_between_groups_is_the_same_at_every_step(shape, warmup):
         schedule.step()
 
 
-def test_one_lr_for_all_groups_would_be_seen():
+def test_control_one_rate_for_all_groups_is_detected():
     opt = optimizer()
     schedule = RelativeSchedule(opt, 5, 50)
-    schedule._write = lambda: [group.update(lr=1e-3) for group in opt.param_groups]  # the earlier system's fault
+    schedule._write = lambda: [group.update(lr=1e-3) for group in opt.param_groups]
     schedule.step()
     with pytest.raises(AssertionError):
         low, high = (group["lr"] for group in opt.param_groups)
         assert high == pytest.approx(20 * low)
 
 
-def test_warmup_reaches_the_base_and_never_passes_it():
+def test_warmup_reaches_the_base_rate_and_never_exceeds_it():
     factors = [lr_factor(step, 5, 50) for step in range(50)]
     assert factors[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
     assert max(factors) == 1.0
     assert lr_factor(0, 0, 50) == 1.0
 
 
-def test_cosine_is_torchs():
+def test_cosine_agrees_with_torch():
     opt = optimizer()
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 40)
     for step in range(40):
@@ -53,7 +58,8 @@ def test_shapes_at_their_ends():
     assert lr_factor(100, 10, 100, "linear", 0.1) == pytest.approx(0.1)
     assert lr_factor(55, 10, 100, "linear") == pytest.approx(0.5)
     assert lr_factor(99, 10, 100, "constant", 0.1) == 1.0
-    assert [lr_factor(s, 10, 100, "wsd") for s in (10, 79, 80, 90, 100)] == pytest.approx([1, 1, 1, 0.5, 0])
+    factors = [lr_factor(step, 10, 100, "wsd") for step in (10, 79, 80, 90, 100)]
+    assert factors == pytest.approx([1, 1, 1, 0.5, 0])
     assert lr_factor(10**6, 10, 100, "cosine", 0.1) == pytest.approx(0.1)
 
 
@@ -63,11 +69,34 @@ def test_state_is_the_step():
         first.step()
     second.load_state_dict(first.state_dict())
     assert first.state_dict() == {"steps": 13, "scale": 1.0}
-    assert [g["lr"] for g in second.optimizer.param_groups] == [g["lr"] for g in first.optimizer.param_groups]
-    assert first.optimizer.param_groups[0]["lr"] == 5e-5 * 0.5 * (1 + math.cos(math.pi * 8 / 45))
+    assert rates(second) == rates(first)
+    assert rates(first)[0] == 5e-5 * 0.5 * (1 + math.cos(math.pi * 8 / 45))
 
 
-def test_wrong_arguments():
+def test_on_a_device_only_steps_that_happened_count():
+    plain = RelativeSchedule(optimizer(), 5, 50, "wsd", 0.1)
+    tensors = RelativeSchedule(optimizer(), 5, 50, "wsd", 0.1, device="cpu")
+    for i in range(60):
+        plain.step(i % 3 != 1)
+        tensors.step(torch.tensor(i % 3 != 1))
+        assert rates(tensors) == pytest.approx(rates(plain), rel=1e-6)
+    assert plain.state_dict() == tensors.state_dict() == {"steps": 40, "scale": 1.0}
+    for schedule in (plain, tensors):
+        schedule.rescale(0.5)
+        schedule.load_state_dict({"steps": 7, "scale": 0.25})
+        schedule.step(torch.tensor(True))
+        assert schedule.state_dict() == {"steps": 8, "scale": 0.25}
+    assert rates(tensors) == pytest.approx(rates(plain), rel=1e-6)
+    assert rates(plain)[0] == 0.25 * 5e-5
+
+
+def test_a_shape_of_ones_own_needs_only_an_entry_in_the_table(monkeypatch):
+    monkeypatch.setitem(SHAPES, "halves", lambda step, warmup_steps, total_steps: 0.5)
+    schedule = RelativeSchedule(optimizer(), 0, 50, "halves")
+    assert rates(schedule) == [2.5e-5, 5e-4]
+
+
+def test_unknown_shapes_and_too_long_warmups_are_refused():
     with pytest.raises(ValueError, match="cosine, linear"):
         RelativeSchedule(optimizer(), 0, 50, "cosinus")
     with pytest.raises(ValueError, match="warm-up of 60"):
