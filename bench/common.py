@@ -1,7 +1,5 @@
 """What the benchmarks share: timing in turn, ratios with their range, the machine, the table."""
 
-import contextlib
-import io
 import json
 import platform
 import statistics
@@ -78,9 +76,8 @@ def matrix_rate(device, dtype, rows: int = 776, inner: int = 768, columns: int =
 
 def prepare_quietly(data: str, cache_dir: Path, headers_only: bool = False):
     """Find, scan and split recordings without printing -> Manifest."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        how = "headers" if headers_only else "auto"
-        manifest, _ = prepare(data, how=how, cache_dir=cache_dir)
+    scan_mode = "headers" if headers_only else "auto"
+    manifest, _ = prepare(data, scan_mode=scan_mode, cache_dir=cache_dir, log=lambda line: None)
     return manifest
 
 

@@ -17,7 +17,7 @@ from metrics import (
     predicted_classes,
     reliability,
 )
-from tests.test_metrics import multi_label_data
+from tests.test_metrics_multi_label import multi_label_data
 
 
 def overconfident_logits(n=4000, classes=5, temperature=2.5, seed=0):
