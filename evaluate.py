@@ -127,7 +127,7 @@ def restore_loss(checkpoint: Checkpoint, device: torch.device) -> torch.nn.Modul
 
 def evaluation_data(checkpoint: Checkpoint, data: str | None, audio_dir: str | None, split: str
                     ) -> tuple[Manifest, np.ndarray, str, list[str]]:
-    """What to evaluate on: (manifest with the checkpoint's classes, rows, split, lines to print)."""
+    """The clips to evaluate: (manifest with the checkpoint's classes, rows, split, notes)."""
     with as_checkpoint_error(checkpoint.path):
         manifest = Manifest.from_dict(checkpoint["manifest"])
         if manifest.classes != checkpoint["classes"]:

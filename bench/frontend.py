@@ -16,7 +16,7 @@ import torchaudio
 from common import in_turn, report, spread
 from transformers import ASTFeatureExtractor
 
-from core.precision import pick_device
+from core.device.precision import pick_device
 from model.frontend import Fbank, LogMel
 
 

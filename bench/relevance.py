@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from common import report
 
-from core.checkpoint import load_checkpoint
+from core.run.checkpoint import load_checkpoint
 from data.clips import Clips, evaluation_batches
 from evaluate import evaluation_data, restore
 from model.relevance import patch_relevance

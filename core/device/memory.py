@@ -53,8 +53,8 @@ class BatchSplitter:
 
 
 def single_clip_does_not_fit() -> ClipTooLargeError:
-    return ClipTooLargeError("out of memory with a single clip; use a smaller --size, shorter --seconds, "
-                       "--checkpointing, or --amp bf16 or fp16")
+    return ClipTooLargeError("out of memory with a single clip; use a smaller --size, shorter "
+                             "--seconds, --checkpointing, or --amp bf16 or fp16")
 
 
 def free_memory() -> None:

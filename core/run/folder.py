@@ -134,7 +134,7 @@ def describe_machine(device: torch.device) -> dict:
         device_name = torch.cuda.get_device_name(device)
     else:
         device_name = platform.processor() or platform.machine()
-    packages = ("torch", "torchaudio", "timm", "numpy", "soundfile", "soxr")
+    packages = ("torch", "timm", "numpy", "soundfile", "soxr")
     return {
         "commit": commit,
         "python": platform.python_version(),
