@@ -21,8 +21,9 @@ import torch
 from common import report
 
 from core.run.checkpoint import load_checkpoint
+from core.scoring import restore
 from data.clips import Clips, evaluation_batches
-from evaluate import evaluation_data, restore
+from evaluate import evaluation_data
 from model.relevance import patch_relevance
 
 BATCH = 16

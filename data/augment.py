@@ -62,7 +62,7 @@ class Augment:
     def spectrograms(
         self, spec: torch.Tensor, silence: torch.Tensor, epoch: int, clip_ids: ArrayLike
     ) -> torch.Tensor:
-        """Augment spectrograms (B, n_mels, frames). silence: (B, 1, 1), what a silent cell reads."""
+        """Augment spectrograms (B, n_mels, frames). silence: (B, 1, 1), a silent cell's value."""
         return self.spec_augment(spec, silence, epoch, clip_ids)
 
     def random_gain(self, wave: torch.Tensor, epoch: int, clip_ids: ArrayLike) -> torch.Tensor:

@@ -33,8 +33,8 @@ def uniform(
 ) -> np.ndarray:
     """Draw `count` uniform random numbers in [0, 1) for each clip.
 
-    clip_ids: (B,) integers. purpose: a Purpose, or a name that is hashed. Returns (B, count) float64. The numbers are splitmix64 (S. Vigna, 2015)
-    over a key that hashes all arguments.
+    clip_ids: (B,) integers. purpose: a Purpose, or a name that is hashed. Returns (B, count)
+    float64. The numbers are splitmix64 (S. Vigna, 2015) over a key that hashes all arguments.
     """
     if isinstance(purpose, str):
         digest = hashlib.blake2b(purpose.encode(), digest_size=7).digest()  # far above any Purpose

@@ -28,8 +28,8 @@ from .audio import (
     probe,
     tile_starts,
 )
-from .manifest import DataError
 from .files import find_audio
+from .manifest import DataError
 from .scan import WORKERS
 
 BLOCK = 1 << 16  # frames decoded at a time, or one window if that is longer
