@@ -127,10 +127,10 @@ def evaluate_scores(
 
     An interval is the 2.5th to 97.5th percentile over `n_boot` resamples of n clips with
     replacement, not stratified by class. It covers the choice of test clips, not the training seed.
-    Intervals of macro-F1 and mAP are too optimistic if classes have few clips: a positive that is
+    Intervals of macro-F1 and mAP are too optimistic if classes have few clips. A positive that is
     drawn twice raises its own precision, and rare classes are missing from some resamples. In a
-    simulation with 1200 clips, the mAP interval contained the true value in 80% of trials with 90
-    equal classes and in 48% with 90 long-tailed ones; the accuracy interval in 97%.
+    simulation with 1200 clips, the accuracy interval contained the true value in 97% of trials.
+    The mAP interval did in 80% with 90 equal classes, and in 48% with 90 long-tailed ones.
 
     Returns {"n", each metric, "<metric>_ci95": [low, high]} as plain Python numbers.
     Raises ValueError if there are no clips, shapes or labels do not fit, or scores are not finite.

@@ -4,7 +4,7 @@ Both are fitted on validation clips. Scores (n, C) are probabilities: of softmax
 to 1) if each clip has one label (labels (n,)), else of sigmoid, one class at a time (labels (n, C)
 of 0, 1 and nan for unknown).
 
-scipy is imported inside the functions: it takes a quarter of a second, and --help needs none of it.
+scipy is imported inside the functions: that takes a quarter of a second, which --help can save.
 """
 
 from collections.abc import Mapping
