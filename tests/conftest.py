@@ -1,7 +1,10 @@
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the cores are shared with the other workers
+    # Before torch is imported: the cores are shared with the other workers.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -10,13 +13,29 @@ import pytest
 import soundfile as sf
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may fetch anything but from a server of its own
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "faults")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests fetch from servers of their own only
+
+# The tests that `python -m pytest -m quick` runs: less than a minute, no whole training run.
+QUICK = {
+    "test_architecture", "test_ast", "test_audio", "test_augment", "test_calibration",
+    "test_checkpoint", "test_compare", "test_exits", "test_flags", "test_folders", "test_frontend",
+    "test_grouping", "test_losses", "test_manifest", "test_metrics", "test_metrics_multi_label",
+    "test_progress", "test_relevance", "test_sampling", "test_scan", "test_scan_index",
+    "test_sched", "test_split_csv", "test_splits", "test_step", "test_stream", "test_tables",
+    "test_util", "test_xenocanto",
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in QUICK:
+            item.add_marker(pytest.mark.quick)
 
 
 @pytest.fixture(scope="session")
 def esc10():
-    """Folder of real recordings in the layout of ESC-50, from WARBLE_ESC10 or beside the repository."""
+    """Folder of real recordings like ESC-50, from WARBLE_ESC10 or beside the repository."""
     folder = Path(os.environ.get("WARBLE_ESC10", ROOT.parent / "shared" / "esc10"))
     if not (folder / "meta" / "esc50.csv").is_file():
         pytest.skip(f"no recordings in {folder}; set WARBLE_ESC10 to a folder laid out like ESC-50")
@@ -25,7 +44,7 @@ def esc10():
 
 @pytest.fixture(scope="session")
 def real_clips(esc10):
-    """Paths of ten real recordings, one from each class and some more."""
+    """Paths of ten real recordings of several classes."""
     return sorted((esc10 / "audio").iterdir())[::40]
 
 
@@ -33,15 +52,51 @@ def tone(seconds, rate=16000, hz=440.0, noise=0.05, seed=0):
     """(samples,) float32: a tone in noise."""
     t = np.arange(int(seconds * rate)) / rate
     rng = np.random.default_rng([seed, int(hz)])
-    return (0.3 * np.sin(2 * np.pi * hz * t) + noise * rng.standard_normal(len(t))).astype(np.float32)
+    wave = 0.3 * np.sin(2 * np.pi * hz * t) + noise * rng.standard_normal(len(t))
+    return wave.astype(np.float32)
 
 
 @pytest.fixture(scope="session")
 def tones(tmp_path_factory):
-    """A data set that a tiny model learns in seconds: 3 classes of 16 tones, 1 s each, in class folders."""
+    """Recordings that a tiny model learns in seconds: 3 class folders of 16 tones, 1 s each."""
     folder = tmp_path_factory.mktemp("tones")
     for c, (name, hz) in enumerate({"low": 300, "mid": 1200, "high": 4000}.items()):
         (folder / name).mkdir()
         for i in range(16):
-            sf.write(folder / name / f"{name}{i}.wav", tone(1.0, hz=hz * (1 + 0.01 * i), seed=100 * c + i), 16000)
+            wave = tone(1.0, hz=hz * (1 + 0.01 * i), seed=100 * c + i)
+            sf.write(folder / name / f"{name}{i}.wav", wave, 16000)
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished_run(tones, tmp_path_factory):
+    """The folder of a finished tiny run of two epochs without EMA; tests work on copies."""
+    from harness import program
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        assert program(patch, folder, "--ema", 0, data=tones) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run_copy(finished_run, tmp_path):
+    """A copy of the finished run in tmp_path/run."""
+    shutil.copytree(finished_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def ways_in(tmp_path, tones, monkeypatch, capsys, recwarn):
+    """Give checkpoint files to the programs; see faults/ways_in.py."""
+    from ways_in import WaysIn
+    return WaysIn(tmp_path, tones, monkeypatch, capsys, recwarn)
+
+
+@pytest.fixture
+def restored_signals():
+    """Put the handlers back that a StopRequest replaces."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    handlers = {signum: signal.getsignal(signum) for signum in signals}
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)

@@ -203,8 +203,10 @@ def _verify_archive(path):
                 raise CheckpointError(f"{path}: not a checkpoint of this program, or its beginning "
                                       "is damaged; use a best.pt or last.pt that train.py wrote")
         with zipfile.ZipFile(path) as archive:
-            # torch.save stores without compression; a compressed member could unpack to any size.
-            is_stored = all(m.compress_type == zipfile.ZIP_STORED for m in archive.infolist())
+            # torch.save stores plain files without compression. A compressed member could unpack
+            # to any size; one that is marked as a folder would be left unread, without an error.
+            is_stored = all(member.compress_type == zipfile.ZIP_STORED
+                            and member.external_attr == 0 for member in archive.infolist())
             damaged = archive.testzip()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); make it readable or use "
