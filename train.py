@@ -6,6 +6,7 @@
 Read it from top to bottom: the step, the epoch, the run. The flags are in flags.py; what a step
 reads and changes is a `Learner` (core/learner.py); what is on disk is a `Run` (core/run/run.py).
 """
+import contextlib
 import math
 import os
 import shlex
@@ -155,13 +156,19 @@ def train_epoch(args, run: Run, learner: Learner, loader: TrainLoader, epoch: in
     run.read_pending_steps()
 
 
-def evaluate_split(args, run: Run, learner: Learner, clips: Clips, split: str) -> Evaluation:
-    """Score every clip of a split, each on one of the ranks. Raises Interrupted after a signal."""
+def evaluate_split(args, run: Run, learner: Learner, clips: Clips, split: str,
+                   averaged: bool) -> Evaluation:
+    """Score every clip of a split, each on one of the ranks. Raises Interrupted after a signal.
+
+    averaged: with the averaged weights, if there are any.
+    """
     manifest, ranks = clips.manifest, learner.distributed
     rows = manifest.rows(split)[ranks.rank::ranks.size]
     batches = evaluation_batches(clips, rows, args.eval_batch_size, **loading(args, learner.device))
-    parts = ranks.all_gather(evaluate(learner, batches, manifest, rows,
-                                      lambda: run.stop.requested, progress_title=split))
+    # The model has its own weights again before anything below can save it.
+    with learner.averaged_weights() if averaged else contextlib.nullcontext():
+        part = evaluate(learner, batches, manifest, rows, lambda: run.stop.requested, split)
+    parts = ranks.all_gather(part)
     if any(part is None for part in parts):
         run.interrupt(learner)
     result = Evaluation.merge(parts)
@@ -175,8 +182,7 @@ def evaluate_split(args, run: Run, learner: Learner, clips: Clips, split: str) -
 
 def validate(args, run: Run, learner: Learner, clips: Clips) -> tuple[dict, int]:
     """Evaluate the validation clips -> (row of history.csv, number of clips)."""
-    with learner.averaged_weights():
-        result = evaluate_split(args, run, learner, clips, "val")
+    result = evaluate_split(args, run, learner, clips, "val", averaged=True)
     run.calibration = calibrate(result.scores, result.labels)
     predicted = None
     if clips.manifest.multi_label:  # at thresholds that were fitted on these very clips
@@ -334,7 +340,7 @@ def test(args, run: Run, learner: Learner, loader: TrainLoader) -> None:
     learner.model.load_state_dict(weights_of(best))
     calibration = calibration_of(best)
     del best  # it also holds the optimizer's moments
-    result = evaluate_split(args, run, learner, clips, "test")
+    result = evaluate_split(args, run, learner, clips, "test", averaged=False)
     if learner.distributed.is_first:
         print(write_coverage(loader, run.progress.epoch, run.folder / "coverage.csv"))
         metrics = write_results(folder, result, clips.manifest, clips.manifest.classes, "test",
