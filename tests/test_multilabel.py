@@ -23,7 +23,7 @@ from core.metrics import SEVERAL, evaluate_scores, per_class, point_metrics, rec
 from data.augment import Augment
 from data.clips import Clips
 from data.load import load_manifest
-from data.manifest import DataError, Manifest
+from data.manifest import DataError, LabelSet, Manifest
 from data.prepare import prepare
 from data.splits import assign_splits, audit, drop_rare, split_hash, write_split
 from losses import SIGMOID, build_loss, hits
@@ -63,7 +63,7 @@ def test_several_labels_in_a_cell(tmp_path, cells, column):
     assert found.labels.tolist() == [1, 2, 1] and found.counts().tolist() == [1, 2, 3]
     assert found.targets(np.arange(3)).tolist() == [[0, 1, 1], [0, 0, 1], [1, 1, 1]]
     assert [found.label_text(row) for row in range(3)] == ["dog; rain", "rain", "dog; cat; rain"]
-    assert any("several labels: 2 of 3 clips, 3 at most" in note for note in found.notes)
+    assert any("several labels: 2 of 3 clips, at most 3" in note for note in found.notes)
 
 
 def test_lists_in_columns_that_are_called_so(tmp_path):
@@ -83,7 +83,7 @@ def test_secondary_labels_are_neither_present_nor_absent(tmp_path):
     assert found.classes == ["owl", "wren"]  # no clip has tit as its own
     assert held(found) == {"a.wav": (["owl"], ["wren"]), "b.wav": (["wren"], []), "c.wav": (["wren"], []), "d.wav": (["owl"], [])}
     np.testing.assert_array_equal(found.targets([0, 1]), [[1, np.nan], [0, 1]])
-    assert "secondary labels left out, since no clip has them as its own: tit" in found.notes
+    assert any("no clip's own label: tit" in note for note in found.notes)
     known = load_manifest(tmp_path / "clips.csv", known_classes=["owl", "tit", "wren"])
     assert held(known)["a.wav"] == (["owl"], ["tit", "wren"])
     single = found.single_label()
@@ -92,7 +92,7 @@ def test_secondary_labels_are_neither_present_nor_absent(tmp_path):
         found = load_manifest(table(tmp_path, f"path,label,{column}\na.wav,owl;tit,wren;tit\nb.wav,wren,\n"))
         assert held(found) == {"a.wav": (["owl", "tit"], ["wren"]), "b.wav": (["wren"], [])}
     without = load_manifest(table(tmp_path, "path,label,ignore\na.wav,owl,0\nb.wav,wren,1\n"))  # a column of another meaning
-    assert not without.multi_label and "left out, since no clip has them as its own: 0, 1" in without.notes[-1]
+    assert not without.multi_label and "no clip's own label: 0, 1" in without.notes[-1]
 
 
 def test_the_order_of_the_rows_does_not_matter(tmp_path):
@@ -108,7 +108,7 @@ def test_the_order_of_the_rows_does_not_matter(tmp_path):
     ("path,labels\na.wav,x;y\nb.wav,[]\n", "row 3: labels is '[]'; make it the name of a class"),
     ("path,labels\na.wav,x;y\nb.wav,['']\n", "row 3: labels is \"['']\"; make it the name of a class"),
     ("path,label\na.wav,x;x\nb.wav,x\n", "only one class (x)"),
-    ("path,label\na.wav,x\nb.wav,y\na.wav,y\n", "one clip with two labels, x and y; take one row out, or name both in one row as x;y"),
+    ("path,label\na.wav,x\nb.wav,y\na.wav,y\n", "one clip with two labels, x and y; remove one row, or name both in one row as x;y"),
     ("path,label\na.wav,x;y\nb.wav,y\na.wav,x\n", "rows 2 and 4: one clip with two labels, x;y and x"),
     ("path,label,ignore\na.wav,x,y\nb.wav,y,\na.wav,x,\n", "rows 2 and 4: one clip with two secondary labels, y and "),
 ])
@@ -186,13 +186,13 @@ def test_rare_classes_leave_the_sets(tmp_path):
     assert held(smaller) == {"0.wav": (["a"], ["b"]), "1.wav": (["b"], []), "2.wav": (["b"], ["a"]), "4.wav": (["a"], []),
                              "5.wav": (["b", "a"], [])}
     assert smaller.classes == ["a", "b"] and smaller.labels.tolist() == [0, 1, 1, 0, 1]
-    assert "r (2), s (1)" in lines[0] and "1 clips in all" in lines[0]
+    assert "r (2), s (1)" in lines[0] and "(1 clip in all)" in lines[0]
     assert found.rows_with(found.counts() >= 3).tolist() == [True, True, True, False, True, True]
 
 
 def test_split_csv_can_be_read_again(tmp_path):
     found, truth = drawn(60)
-    found = found.with_classes(found.classes, np.arange(8))  # with_sets again: the same
+    found = found.with_classes(found.classes, np.arange(8))  # the label sets stay the same
     assign_splits(found, [])
     write_split(found, tmp_path / "split.csv")
     for path in found.paths:
@@ -201,7 +201,8 @@ def test_split_csv_can_be_read_again(tmp_path):
     np.testing.assert_array_equal(again.targets(np.arange(60)), truth)
     assert again.labels.tolist() == found.labels.tolist() and again.split.tolist() == found.split.tolist()
     assert split_hash(again) == split_hash(found)
-    again.label_sets[0] = (again.label_sets[0][0], tuple({0, 1, 2, 3} - set(again.label_sets[0][0]) - set(again.label_sets[0][1])))
+    present, unknown = again.label_sets[0]
+    again.label_sets[0] = LabelSet(present, tuple({0, 1, 2, 3} - set(present) - set(unknown)))
     assert split_hash(again) != split_hash(found)
 
 
@@ -585,13 +586,13 @@ def test_a_split_without_clips_of_several_labels_is_told(mixtures, tmp_path):
     lines = (mixtures / "mixed.csv").read_text().splitlines()[1:]
     single, several = ([line for line in lines if (";" in line) == more] for more in (False, True))
     assert len(single) > 12 and len(several) > 3
-    for tests_have, wanted in ((False, "no clip with several labels in test: the figures there say nothing of such clips"), (True, None)):
+    for tests_have, wanted in ((False, "no clip with several labels in test: the metrics there do not cover such clips"), (True, None)):
         splits = ["test"] * 9 + ["train"] * (len(single) - 9)
         rows_ = [f"{line},{split}" for line, split in zip(single, splits)] + [f"{line},{split}" for line, split in zip(
             several, ["val", "train", "test" if tests_have else "val", *["train"] * 99])]
         (tmp_path / "t.csv").write_text("\n".join(["path,label,split", *rows_]) + "\n")
         said = []
-        prepare(tmp_path / "t.csv", mixtures, cache_dir=tmp_path, say=said.append, several=True)
+        prepare(tmp_path / "t.csv", mixtures, cache_dir=tmp_path, log=said.append, multi_label=True)
         found = [line.strip() for part in said for line in str(part).splitlines() if "no clip with several" in line]
         assert found == ([wanted] if wanted else []), said
 
@@ -677,7 +678,7 @@ def test_rare_classes_are_left_out_by_all_their_clips(mixtures, tmp_path):
     (tmp_path / copy.split(",")[0]).symlink_to(mixtures / "9.wav")
     record(tmp_path, 9, ["low"], 7, "few")
     (tmp_path / "few9.wav").rename(tmp_path / "00few.wav")
-    found, _ = prepare(tmp_path / "c.csv", min_clips=4, cache_dir=tmp_path / "cache", log=lambda line: None, several=True)
+    found, _ = prepare(tmp_path / "c.csv", min_clips=4, cache_dir=tmp_path / "cache", log=lambda line: None, multi_label=True)
     assert found.classes == ["high", "low", "mid", "some"] and len(found) == 91 and found.counts()[3] == 5
     one, other = found.paths.index("9.wav"), found.paths.index("9_copy.wav")
     assert found.split[one] == found.split[other]  # the same file stays in one split, though a row before it is gone

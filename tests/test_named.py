@@ -1,5 +1,6 @@
 """Data sets by name, fetched from a server on loopback that keeps to the rules or breaks them: real archives in the real
 layouts, a few small files each, and real processes where one is killed or two run at once."""
+
 import csv
 import json
 import os
@@ -47,34 +48,64 @@ def put(server, monkeypatch):
 
 # ---- what is published
 
+
 def test_the_table_of_sources():
     from torchaudio.datasets import speechcommands as other
+
     for name, source in SOURCES.items():
-        assert source.url.startswith("https://") and source.licence.startswith("CC BY") and "20" in source.citation
-        assert source.about == (source.size or source.about) and re.fullmatch(r"[A-Za-z0-9_.-]+", source.file)
-        assert credit(f"/x/datasets/{name}/audio")[0].startswith(source.title) and credit(f"/x/{name}") == []
-    assert SOURCES["speechcommands"].digest == "sha256:" + other._CHECKSUMS[
-        "http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz"]
+        assert (
+            source.url.startswith("https://")
+            and source.licence.startswith("CC BY")
+            and "20" in source.citation
+        )
+        assert source.about == (source.size or source.about) and re.fullmatch(
+            r"[A-Za-z0-9_.-]+", source.file
+        )
+        assert (
+            credit(f"/x/datasets/{name}/audio")[0].startswith(source.title)
+            and credit(f"/x/{name}") == []
+        )
+    assert (
+        SOURCES["speechcommands"].digest
+        == "sha256:"
+        + other._CHECKSUMS["http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz"]
+    )
 
 
 # ---- a server that keeps to the rules
+
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_data_set_is_fetched_once_unpacked_and_loaded(name, server, put, tmp_path):
     files, lines = put(name), []
     home = fetch(name, tmp_path, lines.append)
-    assert home == tmp_path / "datasets" / name and read_tree(home) == files and names_in_cache(tmp_path) == [name]
+    assert (
+        home == tmp_path / "datasets" / name
+        and read_tree(home) == files
+        and names_in_cache(tmp_path) == [name]
+    )
     assert "127.0.0.1" in lines[0] and FILES[name] in lines[0]
-    assert fetch(name, tmp_path, lines.append) == home and server.requests == [(None, 200)]  # the second time from the disk
+    assert fetch(name, tmp_path, lines.append) == home and server.requests == [
+        (None, 200)
+    ]  # the second time from the disk
     manifest = load_manifest(home)
     assert manifest.paths and all(manifest.file(row).is_file() for row in range(len(manifest)))
-    assert sorted(set(manifest.classes)) == {"esc50": ["dog", "rain"], "urbansound8k": ["air_conditioner", "car_horn"],
-                                             "speechcommands": ["no", "yes"]}[name]
-    assert (home / "audio").stat().st_mode & 0o055 == 0o055 if name != "speechcommands" else True  # others may read it
+    assert (
+        sorted(set(manifest.classes))
+        == {
+            "esc50": ["dog", "rain"],
+            "urbansound8k": ["air_conditioner", "car_horn"],
+            "speechcommands": ["no", "yes"],
+        }[name]
+    )
+    assert (
+        (home / "audio").stat().st_mode & 0o055 == 0o055 if name != "speechcommands" else True
+    )  # others may read it
 
 
 def test_speech_commands_has_the_splits_and_speakers_of_torchaudio(server, put, tmp_path):
     from torchaudio.datasets import SPEECHCOMMANDS
+
     put("speechcommands")
     home = fetch_quietly("speechcommands", tmp_path)
     manifest = load_manifest(home)
@@ -112,12 +143,17 @@ def test_a_path_of_that_name_is_taken_and_names_are_lenient(server, put, tmp_pat
 
 # ---- a server that breaks off
 
+
 def test_a_broken_download_continues(server, put, tmp_path):
     files = put("speechcommands")
     n = len(server.data)
     server.breaks = [n // 3, n // 3]
     assert read_tree(fetch_quietly("speechcommands", tmp_path)) == files
-    assert server.requests == [(None, 200), (f"bytes={n // 3}-", 206), (f"bytes={2 * (n // 3)}-", 206)]
+    assert server.requests == [
+        (None, 200),
+        (f"bytes={n // 3}-", 206),
+        (f"bytes={2 * (n // 3)}-", 206),
+    ]
 
 
 def test_a_server_without_ranges_starts_again(server, put, tmp_path):
@@ -145,14 +181,23 @@ def test_a_file_that_changed_in_between_is_not_mixed(rude, server, put, tmp_path
     new["ESC-50-master/README.md"] = b"another one of the same length" * 9
     files, server.etag = put("esc50", new), '"two"'
     assert read_tree(fetch_quietly("esc50", tmp_path)) == files
-    assert server.requests[2:] == ([(f"bytes={half}-", 206), (None, 200)] if rude else [(f"bytes={half}-", 200)])
+    assert server.requests[2:] == (
+        [(f"bytes={half}-", 206), (None, 200)] if rude else [(f"bytes={half}-", 200)]
+    )
 
 
 def test_a_file_that_became_shorter(server, put, tmp_path):
     put("esc50")
-    server.breaks, server.statuses, server.ignores_if_range = [len(server.data) - 10], [200, 404], True
+    server.breaks, server.statuses, server.ignores_if_range = (
+        [len(server.data) - 10],
+        [200, 404],
+        True,
+    )
     assert_not_fetched("esc50", tmp_path)
-    files = put("esc50", {name: data for name, data in make_esc50().items() if "20" not in name and name[-5] != "1"})
+    files = put(
+        "esc50",
+        {name: data for name, data in make_esc50().items() if "20" not in name and name[-5] != "1"},
+    )
     assert read_tree(fetch_quietly("esc50", tmp_path)) == files
     assert [status for _, status in server.requests[2:]] == [416, 200]
 
@@ -160,7 +205,13 @@ def test_a_file_that_became_shorter(server, put, tmp_path):
 def test_a_server_that_never_gets_to_the_end(server, put, tmp_path):
     put("urbansound8k")
     server.breaks, server.ranges = [1000] * 50, False
-    assert_not_fetched("urbansound8k", tmp_path, "cannot be fetched", "start again to continue after the first 1000 bytes", FILES["urbansound8k"])
+    assert_not_fetched(
+        "urbansound8k",
+        tmp_path,
+        "cannot be fetched",
+        "start again to continue after the first 1000 bytes",
+        FILES["urbansound8k"],
+    )
     assert len(server.requests) == download.TRIES
 
 
@@ -179,7 +230,9 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_final(server, put, tmp_pa
     assert sum("again in" in line for line in lines) == 2
     server.requests.clear()
     server.statuses = [403]
-    assert_not_fetched("urbansound8k", tmp_path / "b", "HTTP 403", "get http://127.0.0.1", "and put it at")
+    assert_not_fetched(
+        "urbansound8k", tmp_path / "b", "HTTP 403", "get http://127.0.0.1", "and put it at"
+    )
     assert len(server.requests) == 1
 
 
@@ -194,7 +247,9 @@ def test_without_a_network_one_line_says_where_to_put_the_file(server, put, tmp_
     archive.write_bytes(server.data)
     archive.with_name(archive.name + ".part").write_bytes(b"of an earlier try")
     home = fetch_quietly("urbansound8k", tmp_path)
-    assert len(load_manifest(home)) == 6 and archive.read_bytes() == server.data  # a person's file stays
+    assert (
+        len(load_manifest(home)) == 6 and archive.read_bytes() == server.data
+    )  # a person's file stays
     assert names_in_cache(tmp_path) == [archive.name, "urbansound8k"]
     monkeypatch.setenv("WARBLE_DATASETS_URL", "/some/folder")
     with pytest.raises(DataError, match="begins with http"):
@@ -202,6 +257,7 @@ def test_without_a_network_one_line_says_where_to_put_the_file(server, put, tmp_
 
 
 # ---- the disk, and processes
+
 
 def test_too_little_room_is_lines_before_anything_is_fetched(server, put, tmp_path):
     put("esc50", about=10**18)
@@ -211,12 +267,20 @@ def test_too_little_room_is_lines_before_anything_is_fetched(server, put, tmp_pa
 
 def process(name, cache, before="", **options):
     """A process that fetches what `put` has put -> Popen."""
-    code = ("import sys\nfrom data import download, named\nfrom data.manifest import DataError\ndownload.PAUSE = 0.01\n"
-            f"named.SOURCES[{name!r}] = named.{named.SOURCES[name]!r}\n{before}\n"
-            f"try:\n    print('got', named.fetch({name!r}, {str(cache)!r}), flush=True)\n"
-            "except DataError as error:\n    sys.exit(f'refused {error}')\n")
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            **options)
+    code = (
+        "import sys\nfrom data import download, named\nfrom data.manifest import DataError\ndownload.PAUSE = 0.01\n"
+        f"named.SOURCES[{name!r}] = named.{named.SOURCES[name]!r}\n{before}\n"
+        f"try:\n    print('got', named.fetch({name!r}, {str(cache)!r}), flush=True)\n"
+        "except DataError as error:\n    sys.exit(f'refused {error}')\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
 def largest_file(size):
@@ -227,14 +291,20 @@ def test_a_full_disk_keeps_what_there_is(server, put, tmp_path):
     files = put("esc50")
     room = len(server.data) // 2
     out, lines = process("esc50", tmp_path, preexec_fn=largest_file(room)).communicate()
-    assert lines.startswith("refused --data esc50") and "File too large" in lines and "free some space" in lines, lines + out
+    assert (
+        lines.startswith("refused --data esc50")
+        and "File too large" in lines
+        and "free some space" in lines
+    ), lines + out
     assert (tmp_path / "datasets" / (FILES["esc50"] + ".part")).stat().st_size == room
     assert read_tree(fetch_quietly("esc50", tmp_path)) == files
     assert server.requests == [(None, 200), (f"bytes={room}-", 206)]
 
 
 def test_a_disk_that_fills_up_in_unpacking_keeps_the_archive(server, put, tmp_path):
-    big = {"ESC-50-master/audio/big.wav": np.zeros(1 << 20, np.uint8).tobytes()}  # packs to almost nothing
+    big = {
+        "ESC-50-master/audio/big.wav": np.zeros(1 << 20, np.uint8).tobytes()
+    }  # packs to almost nothing
     files = put("esc50", make_esc50() | big)
     room = len(server.data) + 1000
     out, lines = process("esc50", tmp_path, preexec_fn=largest_file(room)).communicate()
@@ -252,10 +322,16 @@ def test_killed_and_continued_by_a_new_process(server, put, tmp_path):
     part = tmp_path / "datasets" / (FILES["speechcommands"] + ".part")
     assert server.has_stopped.wait(30)
     deadline = time.monotonic() + 30
-    while part.stat().st_size < half // 2 and time.monotonic() < deadline:  # the last bytes wait in a buffer
+    while (
+        part.stat().st_size < half // 2 and time.monotonic() < deadline
+    ):  # the last bytes wait in a buffer
         time.sleep(0.01)
     os.kill(child.pid, signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL and half // 2 <= part.stat().st_size <= half and not (tmp_path / "datasets" / "speechcommands").exists()
+    assert (
+        child.wait() == -signal.SIGKILL
+        and half // 2 <= part.stat().st_size <= half
+        and not (tmp_path / "datasets" / "speechcommands").exists()
+    )
     server.may_disconnect.set()
     kept = part.stat().st_size
     out, lines = process("speechcommands", tmp_path).communicate()
@@ -268,9 +344,13 @@ def test_killed_before_the_unpacked_folder_has_its_name(server, put, tmp_path):
     files = put("esc50")
     kill = "import os\nos.rename = lambda *_: os.kill(os.getpid(), 9)"
     assert process("esc50", tmp_path, kill).wait() == -signal.SIGKILL
-    assert any(name.startswith(".esc50-") for name in names_in_cache(tmp_path)) and "esc50" not in names_in_cache(tmp_path)
+    assert any(
+        name.startswith(".esc50-") for name in names_in_cache(tmp_path)
+    ) and "esc50" not in names_in_cache(tmp_path)
     assert read_tree(fetch_quietly("esc50", tmp_path)) == files
-    assert names_in_cache(tmp_path) == ["esc50"] and server.requests == [(None, 200)]  # the archive was whole
+    assert names_in_cache(tmp_path) == ["esc50"] and server.requests == [
+        (None, 200)
+    ]  # the archive was whole
 
 
 def test_killed_between_the_notes_and_the_bytes_of_a_file_that_changed(server, put, tmp_path):
@@ -297,42 +377,108 @@ def test_two_processes_at_once_fetch_once(server, put, tmp_path):
 
 # ---- the program
 
-TINY = ["--weights", "none", "--dim", "32", "--depth", "1", "--heads", "2", "--seconds", "1", "--device", "cpu", "--amp", "off",
-        "--epochs", "1", "--batch-size", "4", "--effective-batch", "4", "--cache-dir", "cache"]
+TINY = [
+    "--weights",
+    "none",
+    "--dim",
+    "32",
+    "--depth",
+    "1",
+    "--heads",
+    "2",
+    "--seconds",
+    "1",
+    "--device",
+    "cpu",
+    "--amp",
+    "off",
+    "--epochs",
+    "1",
+    "--batch-size",
+    "4",
+    "--effective-batch",
+    "4",
+    "--cache-dir",
+    "cache",
+]
 
 
 def program(script, *flags, cwd, change="pass"):
     """A script as a person would start it, after `change` -> CompletedProcess."""
-    code = (f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv = {[script, *map(str, flags)]!r}\n{change}\n"
-            f"import runpy\nrunpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n")
-    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=600,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(cwd)})
+    code = (
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv = {[script, *map(str, flags)]!r}\n{change}\n"
+        f"import runpy\nrunpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(cwd)},
+    )
 
 
 def test_train_and_evaluate_by_name(server, put, tmp_path):
     put("esc50")
-    done = program("train.py", "--data", "esc50", "--folds", "all", "--run-dir", "runs/a", *TINY, cwd=tmp_path)
+    done = program(
+        "train.py", "--data", "esc50", "--folds", "all", "--run-dir", "runs/a", *TINY, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 folds, 20 clips" in done.stdout and server.requests == [(None, 200)]
     assert "CC BY-NC 3.0" in done.stdout and "K. J. Piczak" in done.stdout
     assert done.stdout.count("CC BY-NC 3.0") == 2  # once for each run
     server.requests.clear()
-    done = program("evaluate.py", "--ckpt", "runs/a/fold1/best.pt", "--data", "esc50", "--out", "out", cwd=tmp_path)
+    done = program(
+        "evaluate.py",
+        "--ckpt",
+        "runs/a/fold1/best.pt",
+        "--data",
+        "esc50",
+        "--out",
+        "out",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["n"] == 10 and server.requests == []
+    assert (
+        json.loads((tmp_path / "out" / "metrics.json").read_text())["n"] == 10
+        and server.requests == []
+    )
     assert done.stdout.count("CC BY-NC 3.0") == 1 and done.stdout.count("K. J. Piczak") == 1
 
 
 def test_train_on_speech_commands_and_a_refusal_is_one_line(server, put, tmp_path):
     put("speechcommands")
     change = f"from data import named\nnamed.SOURCES['speechcommands'] = named.{named.SOURCES['speechcommands']!r}"
-    done = program("train.py", "--data", "speechcommands", "--run-dir", "runs/s", *TINY, cwd=tmp_path, change=change)
+    done = program(
+        "train.py",
+        "--data",
+        "speechcommands",
+        "--run-dir",
+        "runs/s",
+        *TINY,
+        cwd=tmp_path,
+        change=change,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     with open(tmp_path / "runs/s/split.csv", newline="") as file:
         split = {row["path"]: row["split"] for row in csv.DictReader(file)}
-    lists = {name: MAKERS["speechcommands"]()[f"./{name}_list.txt"].decode().split() for name in ("testing", "validation")}
+    lists = {
+        name: MAKERS["speechcommands"]()[f"./{name}_list.txt"].decode().split()
+        for name in ("testing", "validation")
+    }
     assert {path for path in split if split[path] == "test"} == set(lists["testing"])
     assert {path for path in split if split[path] == "val"} == set(lists["validation"])
-    assert done.stdout.count("CC BY 4.0") == 1 and "P. Warden" in done.stdout and "LEAK" not in done.stdout
-    done = program("train.py", "--data", "speechcommands", *TINY, "--cache-dir", "other", cwd=tmp_path)  # not what is published
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "but 2428923189 are published" in done.stderr, done.stderr
+    assert (
+        done.stdout.count("CC BY 4.0") == 1
+        and "P. Warden" in done.stdout
+        and "LEAK" not in done.stdout
+    )
+    done = program(
+        "train.py", "--data", "speechcommands", *TINY, "--cache-dir", "other", cwd=tmp_path
+    )  # not what is published
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and "but 2428923189 are published" in done.stderr
+    ), done.stderr

@@ -238,7 +238,7 @@ def test_a_broken_file_is_listed_left_out_and_counted(folder, tmp_path, kind):
     rows = np.concatenate([manifest.rows(split) for split in ("train", "val", "test")])
     assert sorted(manifest.paths[row] for row in rows) == sorted(
         f"{c}/{c}{i:02d}.wav" for c in "ab" for i in range(20))  # every good one, and only those
-    told = [line for line in said if "1 clips left out as broken" in line]
+    told = [line for line in said if "left out: 1 unreadable clip:" in line]
     assert len(told) == 1 and bad[0][1] in told[0] and "\udce9" not in told[0]
     write_bad_files(bad, tmp_path / "bad_files.csv")
     assert os.fsencode(f"a/{name},") in (tmp_path / "bad_files.csv").read_bytes()
