@@ -1,5 +1,4 @@
-"""Data sets by name, fetched from a server on loopback that keeps to the rules or breaks them: real archives in the real
-layouts, a few small files each, and real processes where one is killed or two run at once."""
+"""Data sets by name, fetched from a loopback server, also by processes that are killed."""
 
 import csv
 import json
@@ -268,7 +267,8 @@ def test_too_little_room_is_lines_before_anything_is_fetched(server, put, tmp_pa
 def process(name, cache, before="", **options):
     """A process that fetches what `put` has put -> Popen."""
     code = (
-        "import sys\nfrom data import download, named\nfrom data.manifest import DataError\ndownload.PAUSE = 0.01\n"
+        "import sys\nfrom data import download, named\nfrom data.manifest import DataError\n"
+        "download.PAUSE = 0.01\n"
         f"named.SOURCES[{name!r}] = named.{named.SOURCES[name]!r}\n{before}\n"
         f"try:\n    print('got', named.fetch({name!r}, {str(cache)!r}), flush=True)\n"
         "except DataError as error:\n    sys.exit(f'refused {error}')\n"
@@ -360,7 +360,10 @@ def test_killed_between_the_notes_and_the_bytes_of_a_file_that_changed(server, p
     new = make_esc50()
     new["ESC-50-master/README.md"] = b"another one"
     files, server.etag = put("esc50", new), '"two"'
-    kill = "import os\nwrite = download.write_json\ndownload.write_json = lambda *a: (write(*a), os.kill(os.getpid(), 9))"
+    kill = (
+        "import os\nwrite = download.write_json\n"
+        "download.write_json = lambda *a: (write(*a), os.kill(os.getpid(), 9))"
+    )
     assert process("esc50", tmp_path, kill).wait() == -signal.SIGKILL
     assert read_tree(fetch_quietly("esc50", tmp_path)) == files
 
@@ -406,7 +409,8 @@ TINY = [
 def program(script, *flags, cwd, change="pass"):
     """A script as a person would start it, after `change` -> CompletedProcess."""
     code = (
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv = {[script, *map(str, flags)]!r}\n{change}\n"
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        f"sys.argv = {[script, *map(str, flags)]!r}\n{change}\n"
         f"import runpy\nrunpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n"
     )
     return subprocess.run(
@@ -449,7 +453,8 @@ def test_train_and_evaluate_by_name(server, put, tmp_path):
 
 def test_train_on_speech_commands_and_a_refusal_is_one_line(server, put, tmp_path):
     put("speechcommands")
-    change = f"from data import named\nnamed.SOURCES['speechcommands'] = named.{named.SOURCES['speechcommands']!r}"
+    source = named.SOURCES["speechcommands"]
+    change = f"from data import named\nnamed.SOURCES['speechcommands'] = named.{source!r}"
     done = program(
         "train.py",
         "--data",
