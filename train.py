@@ -41,7 +41,7 @@ from data.prepare import cache_folder
 from data.sampling import write_coverage
 from losses import balanced_alpha, build_loss, is_correct
 from metrics import HISTORY_COLUMNS, MONITORS, calibrate, point_metrics, predicted_classes
-from model.groups import freeze_backbone, parameter_groups
+from model.groups import parameter_groups
 from report import pictures
 from report.results import result_lines, write_results
 from sched import RelativeSchedule
@@ -132,7 +132,7 @@ def train_epoch(args, run: Run, learner: Learner, loader: TrainLoader, epoch: in
     """Train the rest of an epoch. Raises Interrupted after a signal, when the run is saved."""
     learner.model.train()
     learner.loss_fn.train()
-    freeze_backbone(learner.model, epoch < args.freeze_epochs)
+    learner.freeze_backbone(epoch < args.freeze_epochs)
     ranks = learner.distributed
     steps = loader.steps(epoch, run.progress.step_in_epoch, ranks.rank, ranks.size)
     for micro_batches in run.progress_bar(steps, epoch, args.epochs, loader.steps_per_epoch):
