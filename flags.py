@@ -324,7 +324,8 @@ def _geometry_problem(args):
 
 def model_config(args: argparse.Namespace, n_classes: int) -> ASTConfig:
     """The model that the flags describe; ValueError if they do not fit together."""
-    changes = {"dim": args.dim, "depth": args.depth, "heads": args.heads}
+    changes = {"dim": args.dim, "depth": args.depth, "heads": args.heads,
+               "n_mels": frontend_config(args).n_mels}
     changes = {name: value for name, value in changes.items() if value is not None}
     return SIZES[args.size](n_classes, drop_path=args.drop_path, **changes)
 
