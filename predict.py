@@ -21,7 +21,7 @@ from tqdm import tqdm
 from core.device.memory import is_out_of_memory
 from core.device.precision import Precision, choose_precision, pick_device
 from core.divergence import TrainingError
-from core.exits import INVALID_INPUT, print_error, run_script
+from core.exits import parse_args, run_script
 from core.run.checkpoint import Checkpoint, as_checkpoint_error, link, load_checkpoint
 from core.run.folder import RunError, create_run
 from core.run.signals import StopRequest
@@ -114,11 +114,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         that lasts for three windows is in three rows. The same command continues a run that was
         stopped; changed recordings are predicted again.""")
 
-    def error(message):
-        print_error(f"{message} (see --help)")
-        sys.exit(INVALID_INPUT)
-
-    parser.error = error
     parser.add_argument("inputs", nargs="+", metavar="FILES_OR_FOLDERS", help="recordings, and "
                         "folders with recordings at any depth")
     add = parser.add_argument
@@ -143,7 +138,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=count(1), default=16, help="windows at a time")
     add("--workers", type=count(-1, 1024), default=-1, help="recordings decoded at a time (-1: one "
         "per core, at most 8, with a GPU; 1 without)")
-    args = parser.parse_args(argv)
+    args = parse_args(parser, argv)
     if args.workers == 0:
         parser.error("--workers 0: must be at least 1, or -1")
     return args
