@@ -12,7 +12,8 @@ import predict
 import train
 
 NUMBERS = ["0", "-1", "1", "2", "0.5", "1e-300", "1e20", "1e400", "inf", "-inf", "nan", "NaN",
-           str(2**31), str(2**63), str(10**30), "1_000", "0x10", "\u0661", " 3 ", "", "1,5", "5e-324"]
+           str(2**31), str(2**63), str(10**30), "1_000", "0x10", "\u0661", " 3 ", "", "1,5",
+           "5e-324"]
 TEXTS = ["", " ", "x" * 300, "a\nb", "../..", "/dev/null", "/proc/self/mem", "/dev/zero",
          "caf\udce9", "=1+1", "--", "~", "none", "auto", "%s", "{}", "\U0001f426"]
 SAMPLE = 40  # pairs of flag and value that are also run in the short suite
