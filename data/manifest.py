@@ -16,6 +16,7 @@ SPLITS = ("train", "val", "test")
 COLUMN_TYPES = {
     "labels": np.int32, "start": np.float32, "end": np.float32, "group": np.int32,
     "split": np.int8, "fold": np.int16, "duration": np.float32, "label_set": np.int32,
+    "content": np.int64,
 }
 
 
@@ -51,6 +52,7 @@ class Manifest:
     duration: np.ndarray | None = None  # (n,) float32 seconds of the clip, set after a scan
     label_set: np.ndarray | None = None  # (n,) int32 index into label_sets; None: single label
     label_sets: list[LabelSet] = field(default_factory=list)  # distinct sets
+    content: np.ndarray | None = None  # (n,) int64 key of each file (data/content.py), or unknown
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -181,7 +183,8 @@ class Manifest:
         The dict may come from a file that somebody else wrote. Raises ValueError, TypeError,
         KeyError, AttributeError or OverflowError if it is not valid.
         """
-        fields = {"label_set": None, "label_sets": [], **plain}  # older checkpoints lack these
+        later = {"label_set": None, "label_sets": [], "content": None}  # older checkpoints lack them
+        fields = {**later, **plain}
         fields["root"] = Path(plain["root"])
         for name, kind in COLUMN_TYPES.items():
             if fields[name] is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .content import content_keys
 from .demo import write_demo
 from .files import find_audio
 from .load import load_manifest
@@ -68,6 +69,7 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
         manifest, lines = drop_rare(manifest, min_clips)
         rows = rows[is_frequent]
         _log_indented(log, lines)
+    manifest.content = content_keys(manifest.root, manifest.paths)
     duplicates = _renumber(result.duplicates, rows, n_scanned)
     lines = assign_splits(manifest, duplicates, seed=seed, fold=fold)
     lines += _describe_missing_multi_label(manifest)
