@@ -183,7 +183,7 @@ def evaluate_split(args, run: Run, learner: Learner, clips: Clips, split: str) -
 def validate(args, run: Run, learner: Learner, clips: Clips) -> tuple[dict, int]:
     """Evaluate and calibrate on the validation clips -> (row of history.csv, number of clips)."""
     result = evaluate_split(args, run, learner, clips, "val")
-    run.calibration = calibrate(result.scores, result.labels)
+    run.calibration = calibrate(result.scores, result.labels, clips.manifest.group[result.rows])
     predicted = None
     if clips.manifest.multi_label:  # at thresholds that were fitted on these very clips
         predicted = predicted_classes(result.scores, run.calibration)

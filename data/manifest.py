@@ -183,8 +183,8 @@ class Manifest:
         The dict may come from a file that somebody else wrote. Raises ValueError, TypeError,
         KeyError, AttributeError or OverflowError if it is not valid.
         """
-        later = {"label_set": None, "label_sets": [], "content": None}  # older checkpoints lack them
-        fields = {**later, **plain}
+        later = {"label_set": None, "label_sets": [], "content": None}
+        fields = {**later, **plain}  # older checkpoints lack some
         fields["root"] = Path(plain["root"])
         for name, kind in COLUMN_TYPES.items():
             if fields[name] is not None:

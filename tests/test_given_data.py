@@ -161,6 +161,6 @@ def test_key_depends_on_size_and_content_not_on_the_name(tmp_path):
         (tmp_path / f"{i}").write_bytes(content)
     (tmp_path / "copy").write_bytes(block)
     keys = [content_key(tmp_path / f"{i}") for i in range(len(changed))]
-    assert len(set(keys)) == len(keys) and 0 < min(keys) and max(keys) < 2**63
+    assert len(set(keys)) == len(keys) and min(keys) > 0 and max(keys) < 2**63
     assert content_key(tmp_path / "copy") == keys[0]
     assert content_key(tmp_path / "none") == 0
