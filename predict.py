@@ -25,7 +25,15 @@ from core.exits import parse_args, run_script
 from core.run.checkpoint import Checkpoint, as_checkpoint_error, link, load_checkpoint
 from core.run.folder import RunError, create_run
 from core.run.signals import StopRequest
-from core.scoring import calibration_of, find_checkpoint, is_multi_label, restore, window_scores
+from core.scoring import (
+    SILENCE_DBFS,
+    calibration_of,
+    find_checkpoint,
+    is_multi_label,
+    is_silent,
+    restore,
+    window_scores,
+)
 from core.smoke import duration
 from data.audio import AudioError, check
 from data.manifest import DataError
@@ -107,8 +115,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="predict.py", description=__doc__.split("\n")[0], epilog="""
         windows.csv has a row for each window and predicted class (path, start and end in seconds,
-        label, score), with an empty label if no class reaches its threshold. files.csv has the same
-        for each recording as a whole (the mean of its windows, calibrated). classes.csv has, for
+        label, score), with an empty label if no class reaches its threshold, or if the window is
+        silent. files.csv has the same for each recording as a whole (the mean of its windows with a
+        signal, calibrated). classes.csv has, for
         each recording and class, the number of windows above the threshold and the highest score
         with its time. bad_files.csv lists unreadable recordings. Windows are never merged: a call
         that lasts for three windows is in three rows. The same command continues a run that was
@@ -217,6 +226,7 @@ def predict_all(model, frontend, batches: Iterable[WindowBatch], precision: Prec
         for batch in batches:
             if batch.windows:
                 wave = torch.from_numpy(batch.wave)
+                silent = is_silent(wave).tolist()
                 _, probabilities, features = window_scores(model, frontend, wave, precision,
                                                            multi_label)
                 features = features.float().cpu().numpy()
@@ -224,7 +234,8 @@ def predict_all(model, frontend, batches: Iterable[WindowBatch], precision: Prec
                     raise TrainingError("the model's scores are not finite: its weights are "
                                         "damaged or the precision is too low; try --amp off")
                 for i, (recording, start, end) in enumerate(batch.windows):
-                    n_new = writer_of(recording).add(start, end, probabilities[i], features[i])
+                    n_new = writer_of(recording).add(start, end, probabilities[i], features[i],
+                                                     silent[i])
                     bar.update(n_new / rate)
                 n_windows += len(batch.windows)
             for recording, reason in batch.ended:
@@ -305,11 +316,14 @@ def write_tables(args, out: Path, recordings: list[Recording], classes: list[str
     if not good:
         raise DataError(f"{args.inputs[0]}: none of the {len(recordings)} recordings can be read; "
                         f"{out}/bad_files.csv says why")
-    written, n_empty, n_windows = predictions.assemble_tables(out, good, args.format, classes,
-                                                              config)
+    written, n_silent, n_empty, n_windows = predictions.assemble_tables(out, good, args.format,
+                                                                        classes, config)
     if args.embeddings:
         predictions.link_embeddings(out, good, link)
         written.append("embeddings/")
+    if n_silent:
+        print(f"  {n_silent} of {n_windows} windows are silent (peak below {SILENCE_DBFS} dBFS): "
+              "they get no class")
     if n_empty:
         print(f"  {n_empty} of {n_windows} windows have no class that reaches its threshold; "
               "--threshold 0 shows the best class of each")

@@ -64,6 +64,7 @@ def _metrics(result, manifest, split, calibration, calibrated, predicted):
                           groups=manifest.group[result.rows]),
         "loss": float(result.losses.mean()),
         "unreadable": len(result.broken),
+        "silent": 0 if result.silent is None else int(result.silent.sum()),
         "tiles": int(result.n_tiles.sum()),
         "tile_accuracy": float(result.correct_tiles.sum() / result.n_tiles.sum()),
         "temperature": calibration["temperature"],
@@ -132,6 +133,8 @@ def result_lines(metrics: dict) -> list[str]:
     head = f"{metrics['split']}: {metrics['n']} clips"
     if metrics["unreadable"]:
         head += f", {metrics['unreadable']} unreadable and skipped"
+    if metrics.get("silent"):
+        head += f", {metrics['silent']} silent"
     if metrics.get("interval_over") == "groups":
         head += f"; intervals over their {metrics['groups']} groups"
     lines = [head]

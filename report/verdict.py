@@ -181,6 +181,9 @@ def _data_findings(run, result):
     unreadable = run.metrics["unreadable"]
     _add(result, unreadable, f"{plural(unreadable, 'clip')} of this split could not be read and "
          f"{'is' if unreadable == 1 else 'are'} not counted")
+    silent = run.metrics.get("silent", 0)
+    _add(result, silent, f"{plural(silent, 'clip')} of this split without any signal (peak below "
+         "-90 dBFS); no model can know their class, and their scores count here")
 
 
 def _class_findings(run, result):

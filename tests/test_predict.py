@@ -152,14 +152,18 @@ def test_scores_of_recordings_are_those_of_evaluate(
         predicted.setdefault(path, {})[row["label"]] = float(row["score"])
     paths = [row["path"] for row in rows(tmp_path / "e" / "predictions.csv")]
     assert predicted.keys() == set(paths) and len(paths) == 11
+    assert predicted.pop("low/silent.wav").keys() == {""}  # never answered
     classes = load_checkpoint(uncalibrated)["classes"]
-    scores = np.array([[predicted[path][name] for name in classes] for path in paths])
     expected = np.load(tmp_path / "e" / "scores.npz")["scores"].astype(float)
+    expected = np.array([row for path, row in zip(paths, expected) if path in predicted])
+    scores = np.array([[predicted[path][name] for name in classes] for path in paths
+                       if path in predicted])
     assert expected.std(axis=0).min() > 0.01  # the recordings differ
     np.testing.assert_allclose(scores, expected, atol=1e-6)
     n_tiles = json.loads((tmp_path / "e" / "metrics.json").read_text())["tiles"]
-    n_windows = sum(int(row["windows"]) for row in rows(tmp_path / "p" / "files.csv"))
-    assert n_windows == 3 * n_tiles  # a row for each class
+    n_windows = sum(int(row["windows"]) * (1 if row["label"] else 3)
+                    for row in rows(tmp_path / "p" / "files.csv"))
+    assert n_windows == 3 * n_tiles  # a row for each class, one for silence
 
 
 class ByHand(NamedTuple):
@@ -249,7 +253,7 @@ def test_windows_agree_with_a_computation_by_hand(calibrated):
     for path, hand in calibrated.by_path.items():
         expected = []
         for start, end, probabilities in zip(hand.starts, hand.ends, hand.probabilities):
-            labels = calibrated.labels(probabilities)
+            labels = [] if path.endswith("silent.wav") else calibrated.labels(probabilities)
             n_labels.append(len(labels))
             expected += [(f"{start:.3f}", f"{end:.3f}", label, score)
                          for label, score in labels or [("", None)]]
@@ -268,6 +272,8 @@ def test_a_recording_has_the_calibrated_mean_of_its_windows(calibrated):
     table = rows(calibrated.out / "files.csv")
     for path, hand in calibrated.by_path.items():
         expected = calibrated.labels(hand.probabilities.mean(axis=0))
+        if path.endswith("silent.wav"):
+            expected = []
         own = [row for row in table if row["path"] == path]
         assert [row["label"] for row in own] == [label for label, _ in expected] or [""]
         for row, (_, score) in zip(own, expected):
@@ -308,7 +314,59 @@ def test_threshold_replaces_those_of_the_checkpoint(ckpt, recordings, tmp_path):
     run(strict, tmp_path / "a", recordings)
     run(strict, tmp_path / "b", recordings, "--threshold", 0)
     assert {row["label"] for row in rows(tmp_path / "a" / "windows.csv")} == {""}
-    assert "" not in {row["label"] for row in rows(tmp_path / "b" / "windows.csv")}
+    answered = [row for row in rows(tmp_path / "b" / "windows.csv") if "silent" not in row["path"]]
+    assert "" not in {row["label"] for row in answered}
+
+
+# --- silence ---
+
+QUIETEST_STEP = 1 / 32768  # of 16 bits
+
+
+@pytest.mark.parametrize("wave", [
+    np.zeros(22050 * 2), np.full(22050 * 2, 0.1),
+    QUIETEST_STEP * np.sign(np.sin(np.arange(22050 * 2)))], ids=["zeros", "offset", "last bit"])
+def test_silence_is_never_answered(ckpt, tmp_path, capsys, wave):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    sound = tone(0.9, 22050, 300)
+    both = np.concatenate([sound, wave[:len(sound)]])
+    for name, samples in (("silent", wave), ("both", both), ("sound", sound)):
+        sf.write(folder / f"{name}.wav", samples, 22050, subtype="FLOAT")
+    run(ckpt, tmp_path / "out", folder, "--threshold", 0, "--hop", 0.9)
+    table = rows(tmp_path / "out" / "windows.csv")
+    labels = {name: [row["label"] for row in table if row["path"].endswith(name + ".wav")]
+              for name in ("silent", "both", "sound")}
+    assert set(labels["silent"]) == {""}
+    assert "" not in labels["sound"] and labels["both"] == [*labels["sound"], ""]
+    files = {os.path.basename(row["path"]): row for row in rows(tmp_path / "out" / "files.csv")}
+    assert files["silent.wav"]["label"] == files["silent.wav"]["score"] == ""
+    for column in ("label", "score"):  # the silent half changes no answer
+        assert files["both.wav"][column] == files["sound.wav"][column] != ""
+    counted = {os.path.basename(row["path"]) for row in rows(tmp_path / "out" / "classes.csv")}
+    assert counted == {"both.wav", "sound.wav"}
+    n_silent = len(labels["silent"]) + 1
+    assert f"{n_silent} of {len(table)} windows are silent" in capsys.readouterr().out
+
+
+def test_control_quiet_sound_is_answered(ckpt, tmp_path, capsys):
+    sf.write(tmp_path / "quiet.wav", 10 ** (-80 / 20) * tone(0.9, 22050, 300), 22050,
+             subtype="FLOAT")
+    run(ckpt, tmp_path / "out", tmp_path / "quiet.wav", "--threshold", 0)
+    assert rows(tmp_path / "out" / "files.csv")[0]["label"]
+    assert "silent" not in capsys.readouterr().out
+
+
+def test_evaluation_counts_silent_clips(ckpt, tmp_path, capsys):
+    for name, wave in (("low", tone(0.9, 22050, 300)), ("high", np.zeros(30000))):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        sf.write(tmp_path / "data" / name / "new.wav", wave, 22050)
+    out = tmp_path / "out"
+    assert exit_code(evaluate.main, "--ckpt", ckpt, "--data", tmp_path / "data", "--out", out,
+                     *ON_CPU) == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert (metrics["n"], metrics["silent"]) == (2, 1)
+    assert "2 clips, 1 silent" in capsys.readouterr().out
 
 
 # --- the formats ---
