@@ -10,6 +10,7 @@ from core.device.memory import largest_batch
 from core.learner import Learner
 from core.run.checkpoint import as_checkpoint_error, load_checkpoint
 from core.scoring import restore
+from core.scoring.given_data import count_seen
 from data.cache import WaveCache, choose_cache
 from data.clips import Batch, Clips
 from data.manifest import Manifest
@@ -51,14 +52,37 @@ def build_model(args, manifest, checkpoint, device, distributed):
         frontend = build_frontend(flags.frontend_config(args)).to(device)
         weights = f"none (random, seed {args.seed})"
         if args.weights != "none":
-            report = distributed.on_first_rank(lambda: load_pretrained(
-                model, args.weights, own_reader=load_checkpoint, frontend=frontend.config))
+            report, leaks = distributed.on_first_rank(
+                lambda: _load_weights(args.weights, model, frontend, manifest))
             model.set_grid(report.columns)  # on ranks that have not loaded the weights
+            manifest.notes += leaks
             weights = f"{report.source}, sha256 {report.sha256}"
-            print("\n".join(report.lines()))
+            print("\n".join([*report.lines(), *(f"  {line}" for line in leaks)]))
     model.to(device).checkpointing = args.checkpointing
     distributed.broadcast_parameters(model)
     return model, frontend, weights
+
+
+def _load_weights(source, model, frontend, manifest):
+    """Load pretrained weights -> (report, lines on test clips that they have seen)."""
+    checkpoints = []
+
+    def read_own(path):
+        checkpoints.append(load_checkpoint(path))
+        return checkpoints[0]
+
+    report = load_pretrained(model, source, own_reader=read_own, frontend=frontend.config,
+                             classes=manifest.classes)
+    leaks = []
+    for checkpoint in checkpoints:
+        with as_checkpoint_error(checkpoint.path):
+            earlier = Manifest.from_dict(checkpoint["manifest"])
+            test = manifest.rows("test")
+            n_seen = count_seen(earlier, manifest, test)
+        if n_seen:
+            leaks.append(f"LEAK: {n_seen} of {len(test)} test clips were used to train or select "
+                         f"the weights {source}: the test results are too good")
+    return report, leaks
 
 
 def open_clips(args, manifest, learner) -> Clips:

@@ -149,7 +149,7 @@ def test_scores_of_recordings_are_those_of_evaluate(
     predicted = {}
     for row in rows(tmp_path / "p" / "files.csv"):
         path = os.path.relpath(row["path"], recordings)
-        predicted.setdefault(path, {})[row["label"]] = float(row["score"])
+        predicted.setdefault(path, {})[row["label"]] = float(row["score"] or "nan")
     paths = [row["path"] for row in rows(tmp_path / "e" / "predictions.csv")]
     assert predicted.keys() == set(paths) and len(paths) == 11
     assert predicted.pop("low/silent.wav").keys() == {""}  # never answered
