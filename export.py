@@ -36,7 +36,7 @@ from data.manifest import Manifest
 from model.ast import AST
 from model.frontend import Fbank, FrontendConfig
 from model.pretrained import load_pretrained, to_hub
-from report.card import model_card, usage_code
+from report.card import DESCRIBED, model_card, usage_code
 from util import InputError, fsync_path
 
 DEFAULT_OUT = {"hf": "hf", "onnx": "model.onnx", "torch": "model.pt2"}  # in the run folder
@@ -231,9 +231,11 @@ def write_hf(folder: Path, checkpoint: Checkpoint, info: dict, model: AST, front
     if is_audioset(config):
         write_ascii_json(folder / "preprocessor_config.json", hf_preprocessor(config, info))
     else:
+        advice = "README.md has the Python lines that compute the model's input"
+        if config.kind not in DESCRIBED:
+            advice = "README.md cannot describe it; --to onnx and --to torch include it"
         print("no preprocessor_config.json: transformers has no feature extractor for this front "
-              f"end ({config.kind}, {config.fmin:g} to {config.fmax:g} Hz); README.md has the "
-              "Python lines that compute the model's input")
+              f"end ({config.kind}, {config.fmin:g} to {config.fmax:g} Hz); {advice}")
     print(f"the temperature {info['temperature']:g} is in config.json; transformers does not apply "
           "it, README.md shows how")
     with as_checkpoint_error(checkpoint.path):
