@@ -17,8 +17,8 @@ from core.scoring import window_scores
 from data.augment import Augment
 from data.cache import WaveCache
 from data.clips import Batch, Clips, evaluation_batches
-from data.scan import scan
 from data.load import load_manifest
+from data.scan import scan
 from losses import FocalLoss
 from model.ast import AST, ASTConfig
 from model.frontend import FrontendConfig, build_frontend

@@ -19,13 +19,14 @@ from core.device.precision import Precision
 from core.run.checkpoint import load_checkpoint
 from core.scoring import Evaluation, Scorer, evaluate
 from data.clips import Clips, TileKey, evaluation_batches
-from data.scan import scan
 from data.load import load_manifest
+from data.scan import scan
 from losses import CrossEntropy
 from metrics import point_metrics
 from model.ast import AST, ASTConfig
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+# --standalone takes a free port, so that tests can run at the same time.
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
 def environment(home):

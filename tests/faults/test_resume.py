@@ -219,6 +219,7 @@ def test_run_killed_at_random_moments_gives_the_same_run(kills, tones, tmp_path)
 
 def test_control_kill_script_detects_a_run_that_repeats_the_epoch(tones, tmp_path):
     """A run that resumes at the start of the epoch, not at its place in it."""
-    done = run_kill("--kills", "8", "--within", "0.6", "--break-resume", data=tones, folder=tmp_path, timeout=300)
+    done = run_kill("--kills", "8", "--within", "0.6", "--break-resume", data=tones,
+                    folder=tmp_path, timeout=300)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "DIFFERENT" in done.stdout
