@@ -337,7 +337,7 @@ def list_unreadable(out: Path, unreadable: list[tuple[str, str]]) -> None:
     for path, reason in unreadable[:10]:
         print(f"  left out: {printable(path)}: {reason}")
     if unreadable:
-        print(f"unreadable: {plural(len(unreadable), 'recording')}, see {out}/bad_files.csv")
+        print(f"{plural(len(unreadable), 'unreadable recording')}, see {out}/bad_files.csv")
 
 
 def print_speed(done: list[Recording], n_windows: int, seconds: float) -> None:
