@@ -28,7 +28,7 @@ RECIPES = {
                  effective_batch=4, lr_backbone=8e-4, lr_head=8e-4, weight_decay=5e-2,
                  freq_mask=15, time_mask=35, mixup_alpha=0.4, mixup_p=0.3, shift_p=1.0),
 }
-# Flags that may change when a run is resumed: where and how fast it runs, not what comes out.
+# Flags that may change when a run is resumed: where it runs, and what it does in case of trouble.
 FREE_ON_RESUME = {
     "resume", "run_dir", "workers", "device", "tensorboard", "eval_batch_size", "save_every",
     "max_skips", "on_divergence", "max_bad_share", "cache_dir",
@@ -324,7 +324,8 @@ def _geometry_problem(args):
 
 def model_config(args: argparse.Namespace, n_classes: int) -> ASTConfig:
     """The model that the flags describe; ValueError if they do not fit together."""
-    changes = {"dim": args.dim, "depth": args.depth, "heads": args.heads}
+    changes = {"dim": args.dim, "depth": args.depth, "heads": args.heads,
+               "n_mels": frontend_config(args).n_mels}
     changes = {name: value for name, value in changes.items() if value is not None}
     return SIZES[args.size](n_classes, drop_path=args.drop_path, **changes)
 
@@ -361,7 +362,7 @@ def resumed(args: argparse.Namespace, given: dict, checkpoint: Checkpoint) -> ar
     for name, value in given.items():
         if name in FREE_ON_RESUME:
             started[name] = value
-        elif started[name] != getattr(args, name) and value != "auto":
+        elif started[name] != getattr(args, name) and value != "auto":  # auto: whatever it was
             raise RunError(f"--{name.replace('_', '-')} {value}: the run was started with "
                            f"{started[name]}; leave the flag out, or start a new run with "
                            f"--weights {checkpoint.path}")

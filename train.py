@@ -13,7 +13,7 @@ import shlex
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow the rest
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not spin
 import torch
 
 import flags
@@ -24,7 +24,7 @@ from core.device.memory import is_out_of_memory, peak_memory_mb
 from core.device.precision import choose_precision, pick_device
 from core.divergence import TrainingError, find_divergence
 from core.ema import EMA
-from core.exits import run_script
+from core.exits import OK, TRAINING_FAILED, run_script
 from core.folds import cross_validate
 from core.learner import Learner
 from core.run import Run, StepResult, StopRequest
@@ -46,7 +46,8 @@ from report import pictures
 from report.results import result_lines, write_results
 from sched import RelativeSchedule
 
-ROLLBACK_FACTOR, MAX_ROLLBACKS = 0.5, 5
+ROLLBACK_FACTOR = 0.5  # learning rates are multiplied by this at a rollback
+MAX_ROLLBACKS = 5
 
 
 # --- one optimizer step ---
@@ -55,12 +56,12 @@ def train_step(learner: Learner, micro_batches: list[Batch], epoch: int,
                n_clips: int | None = None) -> StepResult:
     """One optimizer step: the gradient of the mean loss over all clips of the micro-batches.
 
-    n_clips: how many there are over all ranks. The result is the same on all ranks, and need not
-    have been computed yet on a GPU.
+    n_clips: how many there are over all ranks (default: there is one rank). The result is the same
+    on all ranks, and need not have been computed yet on a GPU.
     """
     n_clips = n_clips or sum(len(batch.rows) for batch in micro_batches)
     scaler, lrs = learner.precision.scaler, learner.lrs()
-    scale = scaler.scale(torch.ones((), device=learner.device))
+    loss_scale = scaler.scale(torch.ones((), device=learner.device))  # update() may change it
     sums, losses = accumulate_or_split(learner, micro_batches, epoch, n_clips)
     learner.distributed.sum_gradients(learner.model.parameters())
     loss_sum, n_correct = learner.distributed.sum_tensor(sums)
@@ -73,7 +74,7 @@ def train_step(learner: Learner, micro_batches: list[Batch], epoch: int,
     learner.schedule.step(is_finite)
     if learner.ema:
         learner.ema.update(is_finite)
-    numbers = torch.stack([loss_sum, n_correct, grad_norm, is_finite, scale])
+    numbers = torch.stack([loss_sum, n_correct, grad_norm, is_finite, loss_scale])
     return StepResult(numbers, losses, n_clips, lrs)
 
 
@@ -142,7 +143,7 @@ def train_epoch(args, run: Run, learner: Learner, loader: TrainLoader, epoch: in
         n_clips = sum(len(batch.rows) for batch in micro_batches)
         # Summed over the ranks, so that all of them decide alike.
         n_clips, n_broken, stop, save = ranks.all_reduce_sum(
-            n_clips, len(broken), int(run.stop.requested), int(run.save_due))
+            n_clips, len(broken), int(run.stop.requested), int(run.is_save_due()))
         if n_broken:
             run.report_unreadable(broken, learner)
         if stop:
@@ -150,7 +151,7 @@ def train_epoch(args, run: Run, learner: Learner, loader: TrainLoader, epoch: in
         if save:
             run.save(learner)
         if n_clips == 0:
-            run.skip_step()
+            run.pass_over_step()
             continue
         run.add_step(train_step(learner, micro_batches, epoch, n_clips))
     run.read_pending_steps()
@@ -180,7 +181,7 @@ def evaluate_split(args, run: Run, learner: Learner, clips: Clips, split: str) -
 
 
 def validate(args, run: Run, learner: Learner, clips: Clips) -> tuple[dict, int]:
-    """Evaluate the validation clips -> (row of history.csv, number of clips)."""
+    """Evaluate and calibrate on the validation clips -> (row of history.csv, number of clips)."""
     result = evaluate_split(args, run, learner, clips, "val")
     run.calibration = calibrate(result.scores, result.labels)
     predicted = None
@@ -212,7 +213,7 @@ def end_epoch(args, run: Run, learner: Learner, row: dict, n_clips: int) -> None
     divergence = find_divergence(run.progress.accuracies, n_clips)
     if divergence:
         run.event("diverged", divergence)
-        if args.on_divergence == "rollback":
+        if args.on_divergence == "rollback" and not is_best:
             roll_back(run, learner)
     run.save(learner)
     if is_best:
@@ -237,13 +238,14 @@ def epoch_line(args, run, row, is_best):
 
 def roll_back(run, learner):
     """Go back to the best epoch's weights and moments, with lower learning rates from here on."""
-    if learner.schedule.scale <= ROLLBACK_FACTOR**MAX_ROLLBACKS:
+    if learner.schedule.scale <= ROLLBACK_FACTOR**MAX_ROLLBACKS:  # each rollback multiplies it
         raise TrainingError(f"diverged again after {MAX_ROLLBACKS} rollbacks; {run.best_note()}; "
                             "the data or the labels are the likelier cause")
     best = learner.distributed.on_first_rank(lambda: load_checkpoint(run.folder / "best.pt"))
     learner.load_best(best)
     learner.schedule.rescale(ROLLBACK_FACTOR)
-    run.progress.accuracies = best["progress"]["accuracies"][-1:]  # the reference from here on
+    # find_divergence compares with the best epoch from here on.
+    run.progress.accuracies = best["progress"]["accuracies"][-1:]
     run.event("rollback", f"to epoch {run.progress.best_epoch}, all learning rates x "
                           f"{learner.schedule.scale:g} from here on")
 
@@ -264,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
         device = pick_device(args.device, distributed.local_rank)
     manifest, bad_files = load_data(args, checkpoint, distributed)
     learner, loss, weights = build_learner(args, manifest, checkpoint, device, distributed)
-    args.batch_size = fit_to_device(args, learner, accumulate)
+    args.batch_size = fit_to_device(args, learner, accumulate)  # tries passes of rising size
     clips = open_clips(args, manifest, learner)
     loader = TrainLoader(clips, manifest.rows("train"), args.batch_size, args.effective_batch,
                          args.seed, sampler=args.sampler, **loading(args, device))
@@ -272,12 +274,13 @@ def main(argv: list[str] | None = None) -> int:
     describe.print_steps(learner, loader)
     describe.print_sampler(loader, args.sampler)
     if args.smoke:
-        n_val = sum(len(clips.tiles(row)) for row in manifest.rows("val"))
+        n_val_tiles = sum(len(clips.tiles(row)) for row in manifest.rows("val"))
         passed = smoke_test(learner, loader.steps(0), lambda step: train_step(learner, step, 0),
-                            len(loader.rows), n_val, args.epochs, len(bad_files))
-        return 0 if passed else 3
+                            len(loader.rows), n_val_tiles, args.epochs, len(bad_files))
+        return OK if passed else TRAINING_FAILED
     if checkpoint is None:
         info = describe.run_info(learner, loader, weights, vars(args), len(bad_files))
+        # --resume auto may find the folder of a run that died before its first checkpoint.
         run.create(manifest, bad_files, info, may_exist=args.resume is not None)
         if distributed.is_first:
             describe.draw_start(learner, loader, run.folder)
@@ -291,18 +294,20 @@ def main(argv: list[str] | None = None) -> int:
     run.begin(manifest, bad_files, constant, save_every=args.save_every, max_skips=args.max_skips,
               max_bad_share=args.max_bad_share, read_late=reads_late(args, device),
               tensorboard=args.tensorboard)
+    checkpoint = None  # free its memory
     for epoch in range(run.progress.epoch, args.epochs):
         if run.progress.epochs_without_improvement >= args.patience:
             print(f"early stop: {args.patience} epochs without a better {args.monitor}")
             break
         train_epoch(args, run, learner, loader, epoch)
         end_epoch(args, run, learner, *validate(args, run, learner, clips))
-    test(args, run, learner, loader)
-    return 0
+    test_best(args, run, learner, loader)
+    return OK
 
 
 def build_learner(args, manifest, checkpoint, device, distributed) -> tuple[Learner, dict, str]:
     """The learner, the settings of its loss, and where its weights come from."""
+    # A resumed run keeps its precision, which --amp auto measures, unless the device is another.
     same_device = checkpoint is not None and checkpoint["device"] == device.type
     amp = checkpoint["amp"] if same_device else args.amp
     precision = distributed.on_first_rank(lambda: choose_precision(device, amp))
@@ -313,7 +318,9 @@ def build_learner(args, manifest, checkpoint, device, distributed) -> tuple[Lear
     model, frontend, weights = build_model(args, manifest, checkpoint, device, distributed)
     train_rows = manifest.rows("train")
     counts = manifest.select(train_rows).counts()
-    alpha = {"none": None, "balanced": balanced_alpha(counts).tolist()}.get(args.alpha, args.alpha)
+    alpha = None if args.alpha == "none" else args.alpha
+    if alpha == "balanced":
+        alpha = balanced_alpha(counts).tolist()
     loss = {"name": args.loss, "gamma": args.gamma, "alpha": alpha, "tau": args.logit_adjust,
             "label_smoothing": args.label_smoothing, "frequency": counts.tolist()}
     groups = parameter_groups(model, args.lr_backbone, args.lr_head, args.weight_decay,
@@ -330,7 +337,7 @@ def build_learner(args, manifest, checkpoint, device, distributed) -> tuple[Lear
     return learner, loss, weights
 
 
-def test(args, run: Run, learner: Learner, loader: TrainLoader) -> None:
+def test_best(args, run: Run, learner: Learner, loader: TrainLoader) -> None:
     """Evaluate best.pt on the test clips and write results and report."""
     path, folder, clips = run.folder / "best.pt", run.folder / "test", loader.clips
     again = f"python evaluate.py --ckpt {shlex.quote(str(path))}"

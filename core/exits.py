@@ -19,8 +19,9 @@ def run_script(main: Callable[[], int | None]) -> None:
     """Run `main()` and exit the process.
 
     0: done. 1: another process of the run is gone. 2: invalid input. 3: training diverged or
-    produced NaNs, or memory ran out. 130, 143: interrupted, with a checkpoint. Errors print one
-    line on stderr. Anything else is a bug and gives a traceback.
+    produced NaNs, or memory ran out. 130, 143: interrupted by a signal; a run that had begun to
+    train has a checkpoint. Errors print one line on stderr. Anything else is a bug and gives a
+    traceback.
     """
     escape_names()
     try:

@@ -52,7 +52,8 @@ class Run:
     """A run folder, the progress in it, and the step results that are not read yet.
 
     All ranks have a Run and take the same decisions with it; only the first one writes. What it
-    writes is described in docs/outputs.md.
+    writes is described in docs/outputs.md. A run goes through `open`, then `create` (a new run) or
+    `load_state` (a resumed one), then `begin`.
     """
 
     def __init__(self, folder: Path, distributed: Distributed, stop: StopRequest):
@@ -91,14 +92,14 @@ class Run:
         write_split(manifest, self.folder / "split.csv")
         write_json(self.folder / "run.json", info)
 
-    def begin(self, manifest: Manifest, bad_files: list, description: dict, *, save_every: str,
+    def begin(self, manifest: Manifest, bad_files: list, constant: dict, *, save_every: str,
               max_skips: int, max_bad_share: float, read_late: bool, tensorboard: bool) -> None:
         """Open the logs; from here on signals save the run.
 
-        description: parts of the checkpoint that stay the same during the run. read_late: read the
+        constant: parts of the checkpoint that stay the same during the run. read_late: read the
         results of a step one step later, so that the host does not wait for the GPU.
         """
-        self.manifest, self.bad_files, self.description = manifest, bad_files, description
+        self.manifest, self.bad_files, self.constant = manifest, bad_files, constant
         self.max_skips, self.max_bad_share = max_skips, max_bad_share
         self.lag = 1 if read_late else 0
         self.timer = SaveTimer(save_every)
@@ -125,8 +126,7 @@ class Run:
                          initial=self.progress.step_in_epoch, leave=False, disable=not is_shown)
         return iter(self._bar)
 
-    @property
-    def save_due(self) -> bool:
+    def is_save_due(self) -> bool:
         return self.distributed.is_first and self.timer.is_due(self.progress.step)
 
     def add_step(self, result: StepResult) -> None:
@@ -134,7 +134,7 @@ class Run:
         self._pending.append(result)
         self.read_pending_steps(leave=self.lag)
 
-    def skip_step(self) -> None:
+    def pass_over_step(self) -> None:
         """Pass over a step none of whose clips can be read."""
         self.read_pending_steps()
         self.progress.step_in_epoch += 1
@@ -229,7 +229,7 @@ class Run:
         self.log.sync()  # the rows must be on disk before a checkpoint counts them
         path = self.folder / "last.pt"
         n_bytes, seconds = save_checkpoint(path, {
-            **self.description,
+            **self.constant,
             **learner.state_dict(),
             "manifest": self.manifest.to_dict(),
             "bad_files": self.bad_files,
