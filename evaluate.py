@@ -5,7 +5,6 @@ The checkpoint says what the model, the front end, the classes and the split are
 import argparse
 import os
 import shlex
-import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not spin
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from core.device.precision import choose_precision, pick_device
-from core.exits import INVALID_INPUT, print_error, run_script
+from core.exits import parse_args, run_script
 from core.run.checkpoint import Checkpoint, as_checkpoint_error, load_checkpoint
 from core.scoring import Scorer, calibration_of, evaluate, find_checkpoint, restore
 from core.scoring.report_page import write_report
@@ -32,11 +31,6 @@ from util import summarize
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0])
 
-    def error(message):
-        print_error(f"{message} (see --help)")
-        sys.exit(INVALID_INPUT)
-
-    parser.error = error
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint; a bare name is looked up in the newest run "
         "under runs/")
@@ -50,7 +44,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="precision")
     add("--batch-size", type=int, default=16, help="tiles at a time")
     add("--workers", type=int, default=0, help="processes that decode audio beside this one")
-    args = parser.parse_args(argv)
+    args = parse_args(parser, argv)
     if args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: must be at least 1")
     if args.workers < 0:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from core.device.memory import is_out_of_memory
 from core.device.precision import Precision, choose_precision, pick_device
 from core.divergence import TrainingError
-from core.exits import INVALID_INPUT, print_error, run_script
+from core.exits import parse_args, run_script
 from core.run.checkpoint import Checkpoint, as_checkpoint_error, link, load_checkpoint
 from core.run.folder import RunError, create_run
 from core.run.signals import StopRequest
@@ -108,11 +108,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         that lasts for three windows has three rows. The same command continues a run that was
         stopped; changed recordings are predicted again.""")
 
-    def error(message):
-        print_error(f"{message} (see --help)")
-        sys.exit(INVALID_INPUT)
-
-    parser.error = error
     add = parser.add_argument_group("what most people need").add_argument
     add("inputs", nargs="+", metavar="FILES_OR_FOLDERS",
         help="recordings, and folders with recordings at any depth")
@@ -144,7 +139,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=count(-1, 1024), default=-1,
         help="recordings decoded at a time (default: -1, which is 1 on a CPU and one per core, at "
         "most 8, with a GPU)")
-    args = parser.parse_args(argv)
+    args = parse_args(parser, argv)
     if args.workers == 0:
         parser.error("--workers 0: must be at least 1, or -1")
     return args
