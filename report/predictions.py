@@ -9,6 +9,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,8 +20,12 @@ import numpy as np
 from report.tracks import label_track, labelled, selection_table, window_lines, window_rows
 from util import atomic_write
 
-# of the files that each recording has of its own
+# Formats with a file for each recording, and how its name ends.
 SUFFIXES = {"raven": ".Table.1.selections.txt", "audacity": ".txt", "embeddings": ".npz"}
+
+# Names of the temporary files that util.atomic_write leaves behind if the process is killed.
+LEFTOVER = re.compile(r"\.(settings\.json|(files|classes|windows|bad_files)\.csv|windows\.jsonl|"
+                      r"[0-9a-f]{32}\.(jsonl|npz))\.[a-z0-9_]{8}")
 
 Labels = list[list]  # [class index, calibrated score], best first
 
@@ -214,9 +219,15 @@ class _ClassSummary:
                 for i, (n, highest, place) in ordered]
 
 
+def foreign_files(out: Path) -> list[str]:
+    """Names in a folder without settings.json that predict.py does not write before them."""
+    return sorted(name for name in os.listdir(out)
+                  if name not in (".lock", "parts") and not LEFTOVER.fullmatch(name))
+
+
 def remove_leftovers(out: Path) -> None:
     """Remove temporary files of a process that was killed; the folder must be locked."""
     for folder in (out, out / "parts"):
         for name in os.listdir(folder):
-            if name.startswith(".") and name != ".lock":
+            if LEFTOVER.fullmatch(name):
                 (folder / name).unlink(missing_ok=True)

@@ -550,17 +550,17 @@ def test_help_names_every_flag(capsys):
 
 # --- stopped and continued ---
 
-N_MANY = 121
+N_MANY = 201  # enough that a slow machine sends its signals before the end
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """120 recordings of one to three windows, and one of 100 windows among them."""
+    """200 recordings of one to three windows, and one of 200 windows among them."""
     folder = tmp_path_factory.mktemp("many")
     for i in range(N_MANY - 1):
         wave = tone(0.6 + i % 5 * 0.4, 22050, hz=300 + 20 * i, seed=i)
         sf.write(folder / f"{i:03d}.wav", wave, 22050)
-    sf.write(folder / "060a.wav", tone(90, 22050, hz=900), 22050)
+    sf.write(folder / "100a.wav", tone(180, 22050, hz=900), 22050)
     return folder
 
 
@@ -589,7 +589,7 @@ def stop_after(n_parts, signum, words, out):
 def test_a_stopped_run_ends_with_the_bytes_of_one_that_was_not(
         ckpt, many, uninterrupted, tmp_path):
     out, n_before = tmp_path / "p", 0
-    stops = ((20, signal.SIGTERM, 143), (50, signal.SIGINT, 130), (80, signal.SIGKILL, -9))
+    stops = ((30, signal.SIGTERM, 143), (60, signal.SIGINT, 130), (90, signal.SIGKILL, -9))
     for n_parts, signum, expected_code in stops:
         code, n_done = stop_after(n_parts, signum, command(ckpt, out, many, *FLAGS), out)
         assert code == expected_code and n_before < n_parts <= n_done < N_MANY
@@ -660,6 +660,24 @@ def test_only_changed_recordings_are_predicted_again_with_their_groups(ckpt, tmp
     assert names(different) == ["07.wav"]
     # The last group, of 4, and the groups of 8 that 07.wav and the cut part are in.
     assert n_written(before, out) in (12, 20)
+
+
+def test_only_leftovers_of_a_killed_run_are_removed_from_the_folder(ckpt, tmp_path):
+    sf.write(tmp_path / "a.wav", tone(1), 16000)
+    out = tmp_path / "p"
+    leftovers = [".settings.json.k3_x90ab", f"parts/.{'0' * 32}.jsonl.abcdefgh"]
+    (out / "parts").mkdir(parents=True)
+    for name in leftovers:
+        (out / name).touch()
+    run(ckpt, out, tmp_path / "a.wav")
+    assert not any((out / name).exists() for name in leftovers)
+    (out / ".files.csv.abcdefgh").touch()
+    (out / ".gitignore").write_text("*")
+    (out / ".ipynb_checkpoints").mkdir()
+    run(ckpt, out, tmp_path / "a.wav")
+    assert sorted(path.name for path in out.iterdir()) == [
+        ".gitignore", ".ipynb_checkpoints", ".lock", "bad_files.csv", "classes.csv", "files.csv",
+        "parts", "settings.json", "windows.csv"]
 
 
 def test_two_runs_cannot_write_to_one_folder(ckpt, recordings, tmp_path, capsys):
