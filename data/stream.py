@@ -14,15 +14,14 @@ from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
-import soundfile as sf
 import soxr
 
 from .audio import (
     AudioError,
+    AudioFile,
     AudioInfo,
     decode_mono,
     fit,
-    info_of,
     length_at,
     open_audio,
     probe,
@@ -189,7 +188,7 @@ def read_windows(file: str, windows: Windows) -> Iterator[tuple[int, int, np.nda
     than its header says may lack the last window.
     """
     with open_audio(file) as audio:
-        info = info_of(audio)
+        info = audio.info()
         starts = windows.starts(info)
         total = length_at(info, windows.rate)
         wave = np.zeros(0, np.float32)  # decoded samples that a window still needs
@@ -218,9 +217,9 @@ def read_windows(file: str, windows: Windows) -> Iterator[tuple[int, int, np.nda
             raise AudioError("truncated: no samples are left after resampling")
 
 
-def _resampled(audio: sf.SoundFile, windows: Windows) -> Iterator[np.ndarray]:
+def _resampled(audio: AudioFile, windows: Windows) -> Iterator[np.ndarray]:
     """Yield an open recording as blocks (k,) float32, mono, at `windows.rate`."""
-    source = audio.samplerate
+    source = audio.rate
     block_frames = max(BLOCK, windows.samples * source // windows.rate)
     blocks = decode_mono(audio, audio.frames, block_frames)
     if source == windows.rate:
