@@ -6,6 +6,7 @@
 Read it from top to bottom: the step, the epoch, the run. The flags are in flags.py; what a step
 reads and changes is a `Learner` (core/learner.py); what is on disk is a `Run` (core/run/run.py).
 """
+import contextlib
 import math
 import os
 import shlex
@@ -40,7 +41,7 @@ from data.prepare import cache_folder
 from data.sampling import write_coverage
 from losses import balanced_alpha, build_loss, is_correct
 from metrics import HISTORY_COLUMNS, MONITORS, calibrate, point_metrics, predicted_classes
-from model.groups import freeze_backbone, parameter_groups
+from model.groups import parameter_groups
 from report import pictures
 from report.results import result_lines, write_results
 from sched import RelativeSchedule
@@ -131,7 +132,7 @@ def train_epoch(args, run: Run, learner: Learner, loader: TrainLoader, epoch: in
     """Train the rest of an epoch. Raises Interrupted after a signal, when the run is saved."""
     learner.model.train()
     learner.loss_fn.train()
-    freeze_backbone(learner.model, epoch < args.freeze_epochs)
+    learner.freeze_backbone(epoch < args.freeze_epochs)
     ranks = learner.distributed
     steps = loader.steps(epoch, run.progress.step_in_epoch, ranks.rank, ranks.size)
     for micro_batches in run.progress_bar(steps, epoch, args.epochs, loader.steps_per_epoch):
@@ -160,13 +161,18 @@ def evaluate_split(args, run: Run, learner: Learner, clips: Clips, split: str) -
     manifest, ranks = clips.manifest, learner.distributed
     rows = manifest.rows(split)[ranks.rank::ranks.size]
     batches = evaluation_batches(clips, rows, args.eval_batch_size, **loading(args, learner.device))
-    parts = ranks.all_gather(evaluate(learner, batches, manifest, rows,
-                                      lambda: run.stop.requested, progress_title=split))
+    # Validation uses averaged weights, if there are any. The model has its own weights again
+    # before anything below can save it. In the test it has those of best.pt: nothing to save.
+    is_test = split == "test"
+    with contextlib.nullcontext() if is_test else learner.averaged_weights():
+        part = evaluate(learner, batches, manifest, rows, lambda: run.stop.requested, split)
+    parts = ranks.all_gather(part)
+    to_save = None if is_test else learner
     if any(part is None for part in parts):
-        run.interrupt(learner)
+        run.interrupt(to_save)
     result = Evaluation.merge(parts)
     if result.broken:
-        run.report_unreadable(list(result.broken.items()) if ranks.is_first else [], learner)
+        run.report_unreadable(list(result.broken.items()) if ranks.is_first else [], to_save)
     if len(result.rows) == 0:
         raise DataError(f"{manifest.root}: none of the {split} clips can be read any more; "
                         "repair them, then continue with --resume")
@@ -175,8 +181,7 @@ def evaluate_split(args, run: Run, learner: Learner, clips: Clips, split: str) -
 
 def validate(args, run: Run, learner: Learner, clips: Clips) -> tuple[dict, int]:
     """Evaluate the validation clips -> (row of history.csv, number of clips)."""
-    with learner.averaged_weights():
-        result = evaluate_split(args, run, learner, clips, "val")
+    result = evaluate_split(args, run, learner, clips, "val")
     run.calibration = calibrate(result.scores, result.labels)
     predicted = None
     if clips.manifest.multi_label:  # at thresholds that were fitted on these very clips

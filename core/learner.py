@@ -19,6 +19,7 @@ from data.clip_rng import Purpose, uniform
 from data.clips import Batch
 from losses import soft_target
 from model.ast import AST
+from model.groups import freeze_backbone
 from sched import RelativeSchedule
 
 
@@ -89,6 +90,19 @@ class Learner:
         uses_graphs = self.compiled is not None and self.compiled.graphs
         self.optimizer.zero_grad(set_to_none=not uses_graphs)
 
+    def freeze_backbone(self, frozen: bool) -> None:
+        """Train the head alone if `frozen`, else all parameters."""
+        if not freeze_backbone(self.model, frozen):
+            return
+        if self.compiled is not None:
+            self.compiled.reset()  # compiled code keeps the old choice of parameters to train
+        uses_graphs = self.compiled is not None and self.compiled.graphs
+        for parameter in self.model.parameters():
+            if not parameter.requires_grad:
+                parameter.grad = None  # else weight decay would go on
+            elif uses_graphs and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
     def lrs(self) -> dict:
         """The learning rates of backbone and head that the next step will use."""
         lrs = {group["name"].removesuffix("_no_decay"): group["lr"]
@@ -147,4 +161,5 @@ class Learner:
         if self.ema:
             self.ema.load_state_dict(checkpoint["ema"], checkpoint["ema_updates"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.precision.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:
+            self.precision.scaler.load_state_dict(checkpoint["scaler"])

@@ -8,6 +8,7 @@ row is clip_id % n.
 The crop of a clip depends on (seed, epoch, clip id) only, and the order of an epoch on
 (seed, epoch) only. So neither the number of workers nor an interruption changes a run.
 """
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -282,6 +283,16 @@ def _unchanged(batch):
     return batch
 
 
+def _ignore_signals(worker_id):
+    """In a worker process: leave signals to the main process, which saves and ends the workers.
+
+    A terminal sends Ctrl-C to all processes of the program. Workers that died of it would end the
+    main process with an error before it could save.
+    """
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+
+
 class TrainLoader:
     """The micro-batches of training, by epoch and optimizer step."""
 
@@ -310,6 +321,7 @@ class TrainLoader:
             num_workers=workers,
             pin_memory=pin,
             persistent_workers=workers > 0,
+            worker_init_fn=_ignore_signals,
         )
 
     @property
@@ -372,4 +384,5 @@ def evaluation_batches(
         collate_fn=_unchanged,
         num_workers=workers,
         pin_memory=pin,
+        worker_init_fn=_ignore_signals,
     )

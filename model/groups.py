@@ -39,13 +39,17 @@ def parameter_groups(model: nn.Module, lr_backbone: float, lr_head: float, weigh
     return list(groups.values())
 
 
-def freeze_backbone(model: nn.Module, frozen: bool) -> None:
-    """Train the head alone if `frozen`, else all parameters.
+def freeze_backbone(model: nn.Module, frozen: bool) -> bool:
+    """Train the head alone if `frozen`, else all parameters; return whether that is a change.
 
     Optimizers skip parameters without a gradient, so the groups need not change.
     """
+    has_changed = False
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_is_head(name) or not frozen)
+        is_trained = _is_head(name) or not frozen
+        has_changed |= parameter.requires_grad != is_trained
+        parameter.requires_grad_(is_trained)
+    return has_changed
 
 
 def _is_head(name):

@@ -102,7 +102,8 @@ class RelativeSchedule:
         if self.table is None:
             factor = self.factor(self.steps)
         else:
-            factor = self.scale * self.table[self.steps.clamp(max=len(self.table) - 1)]
+            # take() reads the table on the device; indexing would make the host wait for it.
+            factor = self.scale * self.table.take(self.steps.clamp(max=len(self.table) - 1))
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor  # the only line that sets a learning rate
 

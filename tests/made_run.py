@@ -7,9 +7,11 @@ import numpy as np
 import soundfile as sf
 from conftest import tone
 
-from core.run import EVENTS, HISTORY, STEPS
+from core.run.log import EPOCH_COLUMNS as HISTORY
+from core.run.log import EVENT_COLUMNS as EVENTS
+from core.run.log import STEP_COLUMNS as STEPS
+from core.scoring import Evaluation
 from data.manifest import Manifest
-from evaluate import Evaluation
 from report import examples, page
 from report.examples import SuspectSearch
 from report.results import write_results

@@ -15,7 +15,7 @@ import data.cache
 from data.audio import AudioError, read
 from data.cache import HEADER, WaveCache, choose_cache, quantise
 from data.clips import Clips, CropKey, TileKey, TrainLoader, evaluation_batches
-from data.manifest import load_manifest
+from data.load import load_manifest
 from data.scan import scan
 
 RATE = 16000

@@ -23,8 +23,9 @@ import evaluate
 import export
 import train
 from conftest import ROOT, tone
-from core.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from core.guard import NumbersError
+from core.run.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from core.scoring import restore
+from core.divergence import TrainingError
 from data.audio import read
 from data.manifest import Manifest
 from export import ExportError
@@ -52,7 +53,7 @@ class Run:
         with np.load(folder / "test" / "scores.npz") as file:
             self.files, self.scores = [manifest.file(row) for row in file["rows"]], file["scores"]
         self.waves = np.stack([read(file, self.rate, 0, state["clip"]["samples"]) for file in self.files])
-        self.model, self.frontend = evaluate.restore(state, torch.device("cpu"))
+        self.model, self.frontend = restore(state, torch.device("cpu"))
         self.model.eval()
 
     def change(self, how, ckpt=None, source=None):
@@ -357,7 +358,7 @@ def several(tmp_path_factory):
     return Run(folder / "run", folder / "clips.csv", "fbank", "--loss=bce", "--monitor=val_map")
 
 
-@pytest.mark.parametrize("kind", list(export.OUT))
+@pytest.mark.parametrize("kind", list(export.DEFAULT_OUT))
 def test_of_several_labels_each_has_a_probability_of_its_own(kind, several, tmp_path):
     out = tmp_path / "out"
     export.main(["--ckpt", str(calibrated(several)), "--to", kind, str(out)])
@@ -379,7 +380,7 @@ def test_of_several_labels_each_has_a_probability_of_its_own(kind, several, tmp_
 
 # --- what is refused ---
 
-@pytest.mark.parametrize("kind", list(export.OUT))
+@pytest.mark.parametrize("kind", list(export.DEFAULT_OUT))
 def test_what_is_not_ours_stays(kind, runs, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
@@ -402,20 +403,20 @@ def test_what_is_ours_is_replaced_whole(by_command, runs, tmp_path):
     (tmp_path / "hf" / "thesis.tex").write_text("years of work")
     with pytest.raises(ExportError, match="holds thesis.tex, which export.py did not write; remove it"):
         export.main(words)
-    for kind, name in export.OUT.items():
+    for kind, name in export.DEFAULT_OUT.items():
         export.check_target(by_command[0] / name, kind)
-        for other in set(export.OUT) - {kind}:
+        for other in set(export.DEFAULT_OUT) - {kind}:
             with pytest.raises(ExportError):
                 export.check_target(by_command[0] / name, other)
 
 
 @pytest.mark.parametrize("kind", ["hf", "onnx"])
 def test_numbers_that_differ_leave_the_old_export(kind, by_command, runs, tmp_path, monkeypatch):
-    old = by_command[0] / export.OUT[kind]
+    old = by_command[0] / export.DEFAULT_OUT[kind]
     shutil.copytree(old, tmp_path / "out") if kind == "hf" else shutil.copyfile(old, tmp_path / "out")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
-    with pytest.raises(NumbersError, match="more than -1; nothing was written"):
+    with pytest.raises(TrainingError, match="more than -1; nothing was written"):
         export.main(["--ckpt", str(runs["logmel"].ckpt), "--to", kind, str(tmp_path / "out")])
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -438,9 +439,9 @@ def test_without_the_onnx_packages_there_is_the_command_that_installs_them(runs,
     with pytest.raises(SystemExit) as left:
         runpy.run_path(ROOT / "export.py", run_name="__main__")
     assert left.value.code == 2 and not list(tmp_path.iterdir())
-    assert capsys.readouterr() == ("", f"error: --to onnx: needs onnxscript, which is not installed: pip install {export.ONNX}\n")
+    assert capsys.readouterr() == ("", f"error: --to onnx: needs onnxscript, which is not installed: pip install {export.ONNX_PACKAGES}\n")
     pins = (ROOT / "tests" / "requirements.txt").read_text().splitlines()
-    assert set(export.ONNX.split()) <= set(pins)
+    assert set(export.ONNX_PACKAGES.split()) <= set(pins)
 
 
 def test_other_bad_input(runs, tmp_path, monkeypatch):

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import train
-from core.checkpoint import load_checkpoint
 from core.ema import EMA
-from evaluate import restore, weights_of
+from core.run.checkpoint import load_checkpoint
+from core.scoring import restore, weights_of
 from model.ast import AST, ASTConfig
 from model.groups import freeze_backbone, parameter_groups
 from sched import RelativeSchedule
@@ -87,9 +87,9 @@ def test_averaged_weights_are_evaluated_saved_and_restored(tones, tmp_path, monk
     seen = []  # the weights of each evaluation: two validations and the test
     real = train.evaluate
 
-    def watch(model, *rest):
-        seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
-        return real(model, *rest)
+    def watch(learner, *rest, **options):
+        seen.append({name: p.detach().clone() for name, p in learner.model.named_parameters()})
+        return real(learner, *rest, **options)
 
     (tmp_path / "other").mkdir()
     assert program(monkeypatch, tmp_path / "other", "--ema", "0.9", data=tones,

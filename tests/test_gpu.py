@@ -1,5 +1,6 @@
 """What only a CUDA device can show; skipped without one. Run alone: python -m pytest -m gpu"""
 import csv
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,14 +9,16 @@ import torch
 
 import predict
 import train
-from core.memory import Pieces
-from core.precision import Precision
+from build import fit_to_device
+from core.device.memory import BatchSplitter
+from core.device.precision import Precision
+from core.learner import Learner
+from core.scoring import window_scores
 from data.augment import Augment
 from data.cache import WaveCache
 from data.clips import Batch, Clips, evaluation_batches
 from data.load import load_manifest
 from data.scan import scan
-from evaluate import window_scores
 from losses import FocalLoss
 from model.ast import AST, ASTConfig
 from model.frontend import FrontendConfig, build_frontend
@@ -23,126 +26,178 @@ from model.groups import parameter_groups
 from model.relevance import patch_relevance
 from sched import RelativeSchedule
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+RATE = 22050
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 
-def training(device, dtype=None, dim=64, seconds=2):
+def make_learner(device, dtype=None, dim=64, seconds=2):
+    """A small model on a device, and a step of three micro-batches of 4 clips in pinned memory."""
     torch.manual_seed(0)
     device = torch.device(device)
     model = AST(ASTConfig(3, dim=dim, depth=3, heads=2, drop_path=0.2)).to(device).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 2e-3, 0.01), fused=True)
-    schedule = RelativeSchedule(optimizer, 2, 20, device=device if device.type == "cuda" else None)
-    t = train.Training(model, build_frontend(FrontendConfig()).to(device), Augment(15, 30, 1.0, 0.4, 1.0, 1.0), FocalLoss(),
-                       optimizer, schedule, Precision(device, dtype, ""), 1.0)
+    schedule = RelativeSchedule(optimizer, 2, 20,
+                                device=device if device.type == "cuda" else None)
+    augment = Augment(freq_mask=15, time_mask=30, specaug_p=1.0, mixup_alpha=0.4, mixup_p=1.0,
+                      shift_p=1.0)
+    learner = Learner(model, build_frontend(FrontendConfig()).to(device), augment, FocalLoss(),
+                      optimizer, schedule, Precision(device, dtype, ""), clip_grad=1.0)
     generator = torch.Generator().manual_seed(1)
-    window = [Batch(torch.randn(4, 22050 * seconds, generator=generator).pin_memory(), torch.tensor([0, 1, 2, 0]),
-                    np.arange(4) + 4 * i, []) for i in range(3)]
-    return t, window
+    micro_batches = [
+        Batch(torch.randn(4, RATE * seconds, generator=generator).pin_memory(),
+              torch.tensor([0, 1, 2, 0]), np.arange(4) + 4 * i, [])
+        for i in range(3)]
+    return learner, micro_batches
 
+
+def numbers_of_steps(learner, micro_batches, n_steps):
+    """The StepNumbers of some steps on the CPU, (n_steps, 5)."""
+    return torch.stack([train.train_step(learner, micro_batches, epoch).numbers.cpu()
+                        for epoch in range(n_steps)])
+
+
+# --- the step ---
 
 def test_steps_on_the_gpu_are_those_on_the_cpu():
-    figures = {}
+    results = {}
     for device in ("cpu", "cuda"):
-        t, window = training(device)
-        figures[device] = [train.train_step(t, window, epoch)[0].cpu() for epoch in range(4)]
-        figures[device].append(torch.stack([p.detach().double().norm().cpu() for p in t.model.parameters()]).float())
-    for a, b in zip(figures["cpu"], figures["cuda"], strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+        learner, micro_batches = make_learner(device)
+        numbers = numbers_of_steps(learner, micro_batches, 4)
+        norms = [p.detach().double().norm().cpu() for p in learner.model.parameters()]
+        results[device] = numbers, torch.stack(norms).float()
+    for on_cpu, on_gpu in zip(results["cpu"], results["cuda"], strict=True):
+        torch.testing.assert_close(on_cpu, on_gpu, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None])
-def test_no_host_synchronisation_inside_a_window(dtype):
-    t, window = training("cuda", dtype)
-    pending = [train.train_step(t, window, 0)]
+def test_host_does_not_wait_for_the_gpu_within_a_step(dtype):
+    learner, micro_batches = make_learner("cuda", dtype)
+    results = [train.train_step(learner, micro_batches, 0)]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for epoch in range(1, 4):
-            lrs = train.group_lrs(t.optimizer)
-            pending.append((*train.train_step(t, window, epoch), lrs))
+            results.append(train.train_step(learner, micro_batches, epoch))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(torch.isfinite(figures[0]).all() for figures in pending)
+    assert all(torch.isfinite(result.numbers).all() for result in results)
 
 
-def test_a_step_that_is_not_finite_moves_neither_weights_nor_rates():
-    t, window = training("cuda", torch.bfloat16)
-    train.train_step(t, window, 0)
-    weights, rate = [p.detach().clone() for p in t.model.parameters()], float(t.optimizer.param_groups[0]["lr"])
-    window[1].wave[2, 100] = float("nan")
-    figures, losses = train.train_step(t, window, 1)
-    assert figures[3] == 0 and not torch.isfinite(losses[1][1][2])
-    assert all(torch.equal(a, b) for a, b in zip(weights, t.model.parameters(), strict=True))
-    assert float(t.optimizer.param_groups[0]["lr"]) == rate and int(t.schedule.steps) == 1
-
-
-def test_running_out_of_real_memory_splits_the_micro_batch():
-    t, window = training("cuda", dim=256, seconds=10)
-    big = [Batch(torch.cat([batch.wave for batch in window] * 16), torch.cat([batch.target for batch in window] * 16),
-                 np.arange(192), [])]
-    whole = train.train_step(t, big, 0)[0].cpu()
-    peak = torch.cuda.max_memory_allocated()
-    t, _ = training("cuda", dim=256, seconds=10)
-    t.pieces = Pieces()
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(0.6 * peak / torch.cuda.get_device_properties(0).total_memory)
+def test_control_reading_a_result_makes_the_host_wait():
+    learner, micro_batches = make_learner("cuda")
+    result = train.train_step(learner, micro_batches, 0)
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        parts = train.train_step(t, big, 0)[0].cpu()
+        with pytest.raises(RuntimeError):
+            result.read()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_step_that_is_not_finite_changes_neither_weights_nor_rates():
+    learner, micro_batches = make_learner("cuda", torch.bfloat16)
+    train.train_step(learner, micro_batches, 0)
+    weights = [p.detach().clone() for p in learner.model.parameters()]
+    rate = float(learner.optimizer.param_groups[0]["lr"])
+    micro_batches[1].wave[2, 100] = float("nan")
+    result = train.train_step(learner, micro_batches, 1)
+    assert result.read().applied == 0
+    _, losses = result.losses[1]
+    assert not torch.isfinite(losses[2])
+    for before, after in zip(weights, learner.model.parameters(), strict=True):
+        assert torch.equal(before, after)
+    assert float(learner.optimizer.param_groups[0]["lr"]) == rate
+    assert int(learner.schedule.steps) == 1
+
+
+def test_out_of_memory_on_the_gpu_splits_the_micro_batch():
+    learner, micro_batches = make_learner("cuda", dim=256, seconds=10)
+    wave = torch.cat([batch.wave for batch in micro_batches] * 16)
+    target = torch.cat([batch.target for batch in micro_batches] * 16)
+    large = [Batch(wave, target, np.arange(192), [])]
+    expected = train.train_step(learner, large, 0).numbers.cpu()
+    peak = torch.cuda.max_memory_allocated()
+    learner, _ = make_learner("cuda", dim=256, seconds=10)
+    learner.splitter = BatchSplitter()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(0.6 * peak / total)
+    try:
+        numbers = train.train_step(learner, large, 0).numbers.cpu()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert t.pieces.limit in (96, 48)
-    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-3)
+    assert learner.splitter.limit in (96, 48)
+    torch.testing.assert_close(numbers, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_loaded_batches_are_pinned_and_resident_ones_are_the_same(tmp_path):
+@pytest.mark.parametrize("mode", ["default", "graphs"])
+def test_compiled_steps_are_the_plain_ones(mode):
+    dtype, seconds = torch.bfloat16, 2
+    expected = numbers_of_steps(*make_learner("cuda", dtype, seconds=seconds), 4)
+    learner, micro_batches = make_learner("cuda", dtype, seconds=seconds)
+    args = SimpleNamespace(seconds=seconds, batch_size=4, compile=mode)
+    fit_to_device(args, learner, train.accumulate)
+    assert learner.compiled is not None
+    assert learner.compiled.graphs == (mode == "graphs")
+    numbers = numbers_of_steps(learner, micro_batches, 4)
+    torch.testing.assert_close(numbers, expected, rtol=3e-2, atol=3e-2)
+
+
+# --- clips ---
+
+def test_loaded_batches_are_pinned_and_equal_those_in_gpu_memory(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(6):
-        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
-        sf.write(tmp_path / "ab"[i % 2] / f"{i}.wav", 0.3 * rng.standard_normal(8000 + 1000 * i), 16000)
+        folder = tmp_path / "ab"[i % 2]
+        folder.mkdir(exist_ok=True)
+        sf.write(folder / f"{i}.wav", 0.3 * rng.standard_normal(8000 + 1000 * i), 16000)
     manifest = load_manifest(tmp_path)
     manifest.duration = scan(manifest, None, full=False).duration
     clips = Clips(manifest, 16000, 9000, cache=WaveCache(tmp_path / "cache", 16000))
     loaded = list(evaluation_batches(clips, np.arange(6), 4, pin=True))
     assert all(batch.wave.is_pinned() and batch.target.is_pinned() for batch in loaded)
     clips.load_into_memory(torch.device("cuda"))
-    for batch, other in zip(loaded, evaluation_batches(clips, np.arange(6), 4), strict=True):
-        assert other.wave.is_cuda and torch.equal(other.wave.cpu(), batch.wave)
+    in_memory = list(evaluation_batches(clips, np.arange(6), 4))
+    for batch, expected in zip(in_memory, loaded, strict=True):
+        assert batch.wave.is_cuda
+        assert torch.equal(batch.wave.cpu(), expected.wave)
 
 
-@pytest.mark.parametrize("graphs", [False, True])
-def test_compiled_steps_are_the_plain_ones(graphs):
-    figures = []
-    for compiled in (False, True):
-        t, window = training("cuda", torch.bfloat16)
-        if compiled:
-            train.compile_model(t, 4, 22050 * 2, graphs)
-            assert t.compiled is not None
-        figures.append(torch.stack([train.train_step(t, window, step)[0].cpu() for step in range(4)]))
-    torch.testing.assert_close(*figures, rtol=3e-2, atol=3e-2)
-
+# --- scores ---
 
 def test_scores_and_relevance_on_the_gpu_are_those_on_the_cpu():
-    waves, found = 0.1 * torch.randn(4, 44100, generator=torch.Generator().manual_seed(2)), []
+    wave = 0.1 * torch.randn(4, 2 * RATE, generator=torch.Generator().manual_seed(2))
+    results = []
     for device in (torch.device("cpu"), torch.device("cuda")):
         torch.manual_seed(0)
-        model, frontend = AST(ASTConfig(3, dim=64, depth=3, heads=2)).to(device).eval(), build_frontend(FrontendConfig()).to(device)
-        logits, scores, features = window_scores(model, frontend, waves, Precision(device, None, ""), True)
-        relevance = patch_relevance(model, frontend(waves.to(device)), logits.argmax(dim=1).clone())
-        found.append([torch.from_numpy(scores), features.cpu(), relevance.cpu() / relevance.cpu().max()])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+        model = AST(ASTConfig(3, dim=64, depth=3, heads=2)).to(device).eval()
+        frontend = build_frontend(FrontendConfig()).to(device)
+        precision = Precision(device, None, "")
+        logits, scores, features = window_scores(model, frontend, wave, precision, True)
+        predicted = logits.argmax(dim=1).clone()  # a clone, because it comes from inference mode
+        relevance = patch_relevance(model, frontend(wave.to(device)), predicted).cpu()
+        results.append([torch.from_numpy(scores), features.cpu(), relevance / relevance.max()])
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        torch.testing.assert_close(on_cpu, on_gpu, rtol=2e-3, atol=2e-3)
 
 
 def test_training_prediction_and_report_on_the_gpu(tones, tmp_path, monkeypatch):
-    """A run with its recordings on the GPU to its report, and predict.py on both devices."""
+    """A run with its recordings in GPU memory, its report, and predict.py on both devices."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert train.main(["--data", str(tones), "--weights=none", "--dim=32", "--depth=1", "--heads=2", "--seconds=1", "--epochs=1",
-                       "--device=cuda", "--cache=device", "--run-dir=run"]) == 0
-    assert "data:audio/mpeg" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    flags = ["--weights=none", "--dim=32", "--depth=1", "--heads=2", "--seconds=1", "--epochs=1",
+             "--device=cuda", "--cache=device", "--run-dir=run"]
+    assert train.main(["--data", str(tones), *flags]) == 0
+    report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "data:audio/mpeg" in report
     tables = []
     for device in ("cpu", "cuda"):
-        predict.main([str(tones), "--ckpt=run/best.pt", f"--device={device}", "--amp=off", f"--out={device}", "--threshold=0", "--top-k=3"])
-        with open(tmp_path / device / "files.csv", newline="") as file:
-            tables.append({(row["path"], row["label"]): float(row["score"]) for row in csv.DictReader(file)})
+        predict.main([str(tones), "--ckpt=run/best.pt", f"--device={device}", "--amp=off",
+                      f"--out={device}", "--threshold=0", "--top-k=3"])
+        with open(tmp_path / device / "files.csv", newline="", encoding="utf-8") as file:
+            tables.append({(row["path"], row["label"]): float(row["score"])
+                           for row in csv.DictReader(file)})
     assert tables[0] == pytest.approx(tables[1], abs=2e-3)

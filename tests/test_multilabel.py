@@ -17,11 +17,13 @@ from torchvision.ops import sigmoid_focal_loss
 import evaluate
 import predict
 import train
-from core.checkpoint import load_checkpoint, save_checkpoint
+from core.scoring import restore
+from core.run.checkpoint import load_checkpoint, save_checkpoint
 from metrics import metrics_for
 from data.augment import Augment
 from data.clips import Clips
-from data.manifest import DataError, Manifest, load_manifest
+from data.load import load_manifest
+from data.manifest import DataError, Manifest
 from data.prepare import prepare
 from data.splits import assign_splits, audit, drop_rare, split_hash, write_split
 from losses import SIGMOID, build_loss, hits
@@ -510,7 +512,7 @@ def test_other_data(trained, tmp_path, capsys):
 
 def test_scores_are_sigmoids_of_the_models_own_logits(trained):
     state = load_checkpoint(trained / "best.pt")
-    model, frontend = evaluate.restore(state, torch.device("cpu"))
+    model, frontend = restore(state, torch.device("cpu"))
     model.eval()
     data = Manifest.from_dict(state["manifest"])
     with np.load(trained / "test" / "scores.npz") as file, torch.inference_mode():

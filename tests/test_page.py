@@ -14,7 +14,8 @@ from made_run import HOSTILE, LEAK, MadeRun, Text, read_page
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix
 
-from core.run import HISTORY, STEPS
+from core.run.log import EPOCH_COLUMNS as HISTORY
+from core.run.log import STEP_COLUMNS as STEPS
 from metrics import METRICS, recall_by_frequency
 from report import confusions, page, verdict
 from report.examples import SuspectSearch

@@ -14,7 +14,7 @@ from made_run import Text, read_page
 import evaluate
 import train
 from data.audio import read as read_audio
-from tests.faults.harness import TINY, calm
+from tests.faults.harness import TINY, without_pictures
 
 
 def shown_commands(source):
@@ -47,7 +47,7 @@ def real_run(tones, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("HOME", str(folder))
-        with calm(patch) as quiet:
+        with without_pictures(patch) as quiet:
             quiet.setattr(train, "write_report", evaluate.write_report)
             assert train.main(["--data", str(tones), *TINY, "--run-dir", "run"]) == 0
     return folder

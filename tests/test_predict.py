@@ -20,10 +20,11 @@ import evaluate
 import predict
 import train
 from conftest import ROOT, tone
-from core.checkpoint import load_checkpoint, save_checkpoint
+from core.exits import ending_of, print_error
+from core.run.checkpoint import load_checkpoint, save_checkpoint
 from data.audio import fit, read, tile_starts
-from evaluate import restore
-from tests.faults.harness import calm
+from core.scoring import restore
+from tests.faults.harness import without_pictures
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -34,7 +35,7 @@ def ckpt(tones, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     flags = ("--weights none --dim 32 --depth 1 --heads 2 --seconds 0.9 --device cpu --amp off --cache off --lr-backbone 2e-3 "
              "--lr-head 4e-3 --epochs 6 --batch-size 4 --effective-batch 4 --monitor val_loss").split()
-    with pytest.MonkeyPatch.context() as patch, calm(patch):
+    with pytest.MonkeyPatch.context() as patch, without_pictures(patch):
         patch.setenv("HOME", str(folder))
         assert train.main(["--data", str(tones), *flags, "--run-dir", str(folder / "run")]) == 0
     return folder / "run" / "best.pt"
@@ -58,10 +59,14 @@ def run(ckpt, out, *inputs, code=0):
     before = {s: signal.getsignal(s) for s in SIGNALS}
     try:
         got = predict.main(["--ckpt", str(ckpt), "--out", str(out), "--device", "cpu", "--amp", "off", *map(str, inputs)]) or 0
-    except predict.INPUT_ERRORS as error:
-        got = predict.fail(error)
     except SystemExit as stop:
         got = stop.code
+    except Exception as error:
+        ending = ending_of(error)
+        if ending is None:
+            raise
+        got, message = ending
+        print_error(message)
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
@@ -106,7 +111,7 @@ def recordings(tmp_path_factory):
 # --- the scores ---
 
 def test_a_recording_in_windows_has_the_scores_of_evaluation(plain, recordings, tmp_path, monkeypatch):
-    with calm(monkeypatch):
+    with without_pictures(monkeypatch):
         evaluate.main(["--ckpt", str(plain), "--data", str(recordings), "--out", str(tmp_path / "e"), "--device", "cpu", "--amp",
                        "off"])
     expected = dict(zip([row["path"] for row in rows(tmp_path / "e" / "predictions.csv")],

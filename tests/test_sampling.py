@@ -8,7 +8,8 @@ import soundfile as sf
 import torch
 
 from data.clips import Clips, CropKey, TileKey, TrainLoader, activity
-from data.manifest import DataError, load_manifest
+from data.load import load_manifest
+from data.manifest import DataError
 from data.prepare import noise_recordings
 from data.sampling import (
     coverage,

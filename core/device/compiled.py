@@ -18,8 +18,16 @@ class Compiled:
 
     def __init__(self, model: torch.nn.Module, size: int, graphs: bool = False):
         self.model, self.size, self.graphs = model, size, graphs
-        mode = "reduce-overhead" if graphs else None
-        self._compiled = torch.compile(model, dynamic=False, mode=mode)
+        self._compile()
+
+    def _compile(self):
+        mode = "reduce-overhead" if self.graphs else None
+        self._compiled = torch.compile(self.model, dynamic=False, mode=mode)
+
+    def reset(self) -> None:
+        """Compile anew at the next call: other parameters are trained now."""
+        torch._dynamo.reset()
+        self._compile()
 
     def __call__(self, x, drop_noise=None, patch_ids=None) -> torch.Tensor:
         if len(x) != self.size or not self.model.training:
@@ -37,6 +45,11 @@ def compile_for(learner, size: int, graphs: bool, attempt: Callable[[int], None]
     started = time.perf_counter()
     learner.compiled = Compiled(learner.model, size, graphs)
     learner.model.train()
+    if graphs:
+        # Without this the first backward pass would keep its output, which lies in the graphs' own
+        # memory, as the gradient; the next replay would overwrite it.
+        for parameter in learner.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
     try:
         for _ in range(3 if graphs else 1):  # graphs are recorded after a warm-up
             attempt(size)

@@ -4,6 +4,7 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -15,12 +16,15 @@ class DeviceError(InputError):
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device for "auto", "cpu", "cuda", "cuda:1" or "mps"; raises DeviceError.
+    """The device for "auto", "cpu", "cuda" or "cuda:1"; raises DeviceError.
 
     Of several processes on one machine, each takes the GPU of its own local rank.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and Path("/proc/driver/nvidia").exists():
+            print("device: there is an NVIDIA GPU, but torch cannot use it; its driver may be too "
+                  "old for this build of torch (see docs/performance.md)")
     if name == "cuda":
         name = f"cuda:{local_rank}"
     try:
@@ -29,16 +33,28 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         raise DeviceError(
             f"--device {name}: unknown device; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise DeviceError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise DeviceError(f"--device {name}: there are {torch.cuda.device_count()} CUDA "
-                              "devices, counted from 0")
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError(f"--device {name}: not available here; use --device cpu")
-    elif device.type not in ("cpu", "mps"):
+        _check_cuda(name, device)
+        torch.cuda.set_device(device)  # for calls that take no device, such as is_bf16_supported
+    elif device.type != "cpu":
+        # Apple's mps was never tried: its fused AdamW would apply steps with NaNs.
         raise DeviceError(f"--device {name}: not supported; use auto, cpu, cuda or cuda:N")
     return device
+
+
+def _check_cuda(name, device):
+    """Raise DeviceError if the GPU is not there, or cannot run this build of torch."""
+    if not torch.cuda.is_available():
+        raise DeviceError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, "
+                          "counted from 0")
+    try:
+        torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()
+    except RuntimeError as error:  # no kernel image for an old GPU, a driver that is too old
+        raise DeviceError(
+            f"--device {name}: {torch.cuda.get_device_name(device)} cannot run torch "
+            f"{torch.__version__} ({str(error).splitlines()[0][:80]}); install a build of torch "
+            f"for older GPUs (CUDA 12.6 wheels from pytorch.org), or use --device cpu") from None
 
 
 @dataclass
@@ -85,6 +101,7 @@ class Precision:
 def choose_precision(device: torch.device, mode: str) -> Precision:
     """Precision for `--amp auto|bf16|fp16|off` on a device; raises DeviceError."""
     if mode == "off":
+        torch.backends.cudnn.allow_tf32 = False  # the default would round inputs to 10 bits
         return Precision(device, None, "--amp off")
     if mode == "fp16" and device.type != "cuda":
         raise DeviceError(f"--amp fp16: needs a CUDA device, this is {device.type}; use --amp auto")

@@ -201,7 +201,7 @@ class Run:
         """List the clips of all ranks that turned out to be unreadable, once each.
 
         broken: (row, reason) of this rank's clips. Saves and raises DataError if too many of the
-        recordings are unreadable by now.
+        recordings are unreadable by now. learner: None if the run is already saved.
         """
         known = {path for path, _ in self.bad_files}
         reasons = {self.manifest.paths[row]: reason
@@ -213,7 +213,7 @@ class Run:
         if self.distributed.is_first:
             write_bad_files(self.bad_files, self.folder / "bad_files.csv")
         if len(self.bad_files) > self.max_bad_share * (len(self.manifest) + len(known)):
-            self.save(learner)
+            self._save_if_needed(learner)
             raise DataError(
                 f"--data {self.manifest.root}: {len(self.bad_files)} files are unreadable by now, "
                 f"more than --max-bad-share {self.max_bad_share:g}; repair them and continue with "
@@ -241,14 +241,21 @@ class Run:
             print(f"checkpoint: {path.name}, {n_bytes / 1e6:.1f} MB, written in {seconds:.2f} s")
             self._save_reported = True
 
+    def _save_if_needed(self, learner):
+        if learner is not None:
+            self.save(learner)
+
     def link_best(self) -> None:
         """Make best.pt the checkpoint that was just saved."""
         if self.distributed.is_first:
             link(self.folder / "last.pt", self.folder / "best.pt")
 
     def interrupt(self, learner) -> None:
-        """Save after a signal, print how to continue, and raise Interrupted on all ranks."""
-        self.save(learner)
+        """Save after a signal, print how to continue, and raise Interrupted on all ranks.
+
+        learner: None if the run is already saved.
+        """
+        self._save_if_needed(learner)
         start = "python"
         if self.distributed.size > 1:
             start = f"torchrun --nproc-per-node {self.distributed.size}"

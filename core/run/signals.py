@@ -1,7 +1,7 @@
-"""SIGTERM, Ctrl-C and a scheduler's warning (SIGUSR1) become a request that the loop reads."""
+"""Signals become a request that the loop reads: Ctrl-C, SIGTERM, SIGUSR1 (schedulers), SIGHUP."""
 import signal
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Interrupted(Exception):  # noqa: N818  (not an error: the run stops because it was told to)
@@ -40,7 +40,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """130 for Ctrl-C, 143 for SIGTERM and the schedulers' SIGUSR1, 0 without a signal."""
+        """130 for Ctrl-C, 143 for the other signals, 0 without a signal."""
         if self.signum == 0:
             return 0
         return 130 if self.signum == signal.SIGINT else 143

@@ -161,7 +161,7 @@ def test_a_broken_file_is_reported_left_out_and_counted(folder, tmp_path, kind):
     used_rows = np.concatenate([manifest.rows(split) for split in ("train", "val", "test")])
     assert sorted(manifest.paths[row] for row in used_rows) == VALID_PATHS
     [line] = [line for line in log if reason in line]
-    assert "1 clip" in line
+    assert "1 unreadable clip" in line
     assert "\udce9" not in line
     write_bad_files(bad, tmp_path / "bad_files.csv")
     assert os.fsencode(f"a/{name},") in (tmp_path / "bad_files.csv").read_bytes()
