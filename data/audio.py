@@ -14,7 +14,6 @@ import soxr
 
 from .audio_file import (
     BLOCK,
-    SOUNDFILE_ERRORS,
     AccessError,
     AudioError,
     AudioFile,
@@ -23,7 +22,6 @@ from .audio_file import (
     block_frames_for,
     open_audio,
     raise_if_not_accessible,
-    reason_of,
     with_messages,
 )
 
@@ -119,11 +117,10 @@ def _decode(file, frames, block_frames, required=None):
 
 def _read_block(file, frames, done):
     """Decode up to `frames` frames and check them. -> (block, why it is short or None)."""
-    try:
-        block, problem = file.read(frames), None
-    except (*SOUNDFILE_ERRORS, MemoryError) as error:
-        block = np.zeros((0, file.channels), np.float32)
-        problem = f"decoding fails after {done / file.rate:.1f} s: {reason_of(error)}"
+    block, problem = file.read(frames)
+    if problem:
+        seconds = (done + len(block)) / file.rate
+        problem = f"decoding fails after {seconds:.1f} s: {problem}"
     lowest, highest = block.min(initial=0), block.max(initial=0)
     if not (np.isfinite(lowest) and np.isfinite(highest)):
         raise AudioError("has samples that are not finite (NaN or infinity)")

@@ -2,6 +2,7 @@
 
 The frames of an open file are those that it has, as far as that is known without decoding it.
 """
+import contextlib
 import functools
 import os
 import queue
@@ -76,6 +77,25 @@ class AudioInfo:
                 f"({self.seconds:.2f} s) can be decoded")
 
 
+class _Decoder(sf.SoundFile):
+    """A SoundFile that does not seek after each read.
+
+    SoundFile seeks to where it is, for files open for reading and writing. In a truncated file that
+    seek fails and loses the samples of the block.
+    """
+    _reads = False
+
+    def read(self, *args, **options):
+        self._reads = True
+        try:
+            return super().read(*args, **options)
+        finally:
+            self._reads = False
+
+    def seek(self, frames, whence=os.SEEK_SET):
+        return frames if self._reads and whence == os.SEEK_SET else super().seek(frames, whence)
+
+
 class AudioFile:
     """An open file. `frames` is the number of samples per channel as far as it is known."""
 
@@ -111,12 +131,28 @@ class AudioFile:
             raise TruncatedError(f"cannot seek to {frame / self.rate:.1f} s: {reason_of(error)}"
                                  ) from None
 
-    def read(self, frames: int) -> np.ndarray:
-        """Decode up to `frames` frames: (k, channels) float32. Raises SOUNDFILE_ERRORS."""
+    def read(self, frames: int) -> tuple[np.ndarray, str | None]:
+        """Decode up to `frames` frames. -> (samples (k, channels) float32, error of the decoder).
+
+        After an error, the samples are those before the damaged place.
+        """
         if not self.is_mpeg:
-            return self._file.read(frames, dtype="float32", always_2d=True)
+            return _read_until_error(self._file, frames)
         with collect_messages(self.messages):
-            return self._file.read(frames, dtype="float32", always_2d=True)
+            return _read_until_error(self._file, frames)
+
+
+def _read_until_error(file, frames):
+    """Samples and error of `AudioFile.read`."""
+    block = np.empty((frames, file.channels), np.float32)
+    before = file.tell() if file.seekable() else None
+    try:
+        return file.read(out=block), None
+    except (*SOUNDFILE_ERRORS, MemoryError) as error:
+        n_read = 0
+        with contextlib.suppress(*SOUNDFILE_ERRORS):
+            n_read = file.tell() - before if before is not None else 0
+        return block[:min(max(0, n_read), frames)], reason_of(error)
 
 
 def open_audio(path: str | os.PathLike) -> AudioFile:
@@ -162,7 +198,7 @@ def _open_in_time(raw, view, messages):
     def open_file():
         try:
             with collect_messages(messages):
-                answer.put(sf.SoundFile(raw if view is None else view))
+                answer.put(_Decoder(raw if view is None else view))
         except BaseException as error:  # handed to the waiting thread
             answer.put(error)
 
@@ -214,13 +250,10 @@ def _count_frames(raw, size, *_):
         block = block_frames_for(BLOCK, file.channels)
         limit = max(MAX_DENSE_SAMPLES, DENSE * size) // file.channels
         while done <= limit:
-            try:
-                n_read = len(file.read(block, dtype="float32", always_2d=True))
-            except (*SOUNDFILE_ERRORS, MemoryError):
-                n_read = 0
-            if n_read == 0:
-                break
+            n_read = len(_read_until_error(file, block)[0])
             done += n_read
+            if n_read < block:
+                break
     if done == 0:
         raise AudioError("no samples")
     return done
