@@ -35,7 +35,8 @@ MAX_RESAMPLED_AT_ONCE = 1 << 28  # samples, 1 GB
 MAX_LEVEL = 1e10  # integers stored as floats reach 2e9; the square of 1e19 overflows float32
 MP3_SLACK = 4 * 1152  # samples: without a length header, the length of an MP3 is an estimate
 # Two channels of independent noise have a mean of half their energy; this is 17 dB less.
-CANCELLED = 0.02
+CANCELLED = 0.01
+MIN_CANCELLED = 256  # frames: in a shorter block it may be chance
 
 
 def probe(path: str | os.PathLike) -> AudioInfo:
@@ -54,17 +55,17 @@ def check(path: str | os.PathLike) -> AudioInfo:
         try:
             for block in _decode(file, file.frames, BLOCK):
                 done += len(block)
-                if file.channels > 1:
+                if file.channels == 2:
                     energy += float(np.square(block, dtype=np.float64).mean(axis=1).sum())
                     mean_energy += float(np.square(block.mean(axis=1), dtype=np.float64).sum())
         except TruncatedError:
             raise_if_not_accessible(os.fsencode(path))
-            if done == 0:
+            if done == 0 or not file.seekable:  # such codecs give noise at a damaged place
                 raise
             declared = file.declared
         else:  # an MP3 may decode to fewer frames than its header estimates
             declared = file.declared if file.declared > file.frames else done
-        opposite = mean_energy < CANCELLED / file.channels * energy
+        opposite = mean_energy < CANCELLED * energy
         return AudioInfo(file.rate, done, file.channels, file.format, declared, opposite,
                          tuple(file.messages))
 
@@ -82,12 +83,14 @@ def decode_mono(
 
 
 def _to_mono(block):
-    """The mean of the channels (k,); one channel if they cancel each other."""
+    """The mean of the channels (k,); one of two channels if they cancel each other."""
     if block.shape[1] == 1:
         return block[:, 0]
     mono = block.mean(axis=1)
+    if block.shape[1] != 2 or len(block) < MIN_CANCELLED:
+        return mono
     energies = np.einsum("kc,kc->c", block, block, dtype=np.float64)
-    if np.dot(mono, mono) >= CANCELLED / block.shape[1] * energies.mean():
+    if np.dot(mono, mono) >= CANCELLED * energies.mean():
         return mono
     # Always the same channel if it has a signal, so that neighbouring blocks fit together.
     strongest = int(energies.argmax())
@@ -178,6 +181,8 @@ def read(
         # truncated file is to the end of what decodes.
         needed = min(last, end * source // rate) - first - source // 100
         required = max(1, needed - (MP3_SLACK if file.is_mpeg else 0)) if length else 1
+        if not file.seekable and not length:
+            required = last - first
         wave = _decode_range(file, first, last, required)
     if source == rate:
         offset = start - first

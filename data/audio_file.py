@@ -97,12 +97,14 @@ class _Decoder(sf.SoundFile):
 
 
 class AudioFile:
-    """An open file. `frames` is the number of samples per channel as far as it is known."""
+    """An open file.
 
-    def __init__(self, file: sf.SoundFile, frames: int, declared: int, view: View | None,
-                 messages: list[str]):
-        self._file, self._view = file, view
-        self.frames, self.declared, self.messages = frames, max(declared, frames), messages
+    frames: samples per channel that it has, as far as that is known; declared: by its header.
+    """
+
+    def __init__(self, file: sf.SoundFile, view: View | None, messages: list[str]):
+        self.file, self._view, self.messages = file, view, messages
+        self.frames = self.declared = file.frames
         self.rate, self.channels = file.samplerate, file.channels
         self.format = f"{file.format} {file.subtype}"
         self.is_mpeg = "MP3" in self.format or "MPEG" in self.format
@@ -115,7 +117,7 @@ class AudioFile:
         self.close()
 
     def close(self) -> None:
-        self._file.close()
+        self.file.close()
         if self._view is not None:
             self._view.close()
 
@@ -126,7 +128,7 @@ class AudioFile:
     def seek(self, frame: int) -> None:
         """Raises TruncatedError."""
         try:
-            self._file.seek(frame)
+            self.file.seek(frame)
         except (sf.SoundFileError, RuntimeError) as error:
             raise TruncatedError(f"cannot seek to {frame / self.rate:.1f} s: {reason_of(error)}"
                                  ) from None
@@ -137,9 +139,9 @@ class AudioFile:
         After an error, the samples are those before the damaged place.
         """
         if not self.is_mpeg:
-            return _read_until_error(self._file, frames)
+            return _read_until_error(self.file, frames)
         with collect_messages(self.messages):
-            return _read_until_error(self._file, frames)
+            return _read_until_error(self.file, frames)
 
 
 def _read_until_error(file, frames):
@@ -168,21 +170,27 @@ def open_audio(path: str | os.PathLike) -> AudioFile:
             raise AudioError("empty file (0 bytes)")
         identity = (raw, status.st_size, status.st_mtime_ns, status.st_ino)
         layout = _layout(*identity)
-        view = View(raw, *layout.region) if layout.region else None
+        file = _open_region(raw, layout.region)
+        if layout.frames > file.file.frames:  # it would not be heard to its end
+            file.close()
+            file = _open_region(raw, layout.repaired)
     except OSError as error:
         raise AccessError("opened", error) from None
     except DamagedHeaderError as error:
         raise AudioError(str(error)) from None
-    messages = []
-    file = _open_in_time(raw, view, messages)
     try:
-        frames, declared = _lengths(file, layout, identity)
+        file.frames, file.declared = _lengths(file.file, layout, identity)
     except AudioError:
         file.close()
-        if view is not None:
-            view.close()
         raise
-    return AudioFile(file, frames, declared, view, messages)
+    return file
+
+
+def _open_region(raw, region):
+    """An AudioFile of a file, or of a region of it."""
+    view = View(raw, *region) if region else None
+    messages = []
+    return AudioFile(_open_in_time(raw, view, messages), view, messages)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -228,7 +236,7 @@ def _lengths(file, layout, identity):
         raise AudioError("no samples")
     declared = frames
     if layout.frames:  # of an MP3 whose header has no length, or a wrong one
-        return min(frames, layout.frames), 0
+        return (min(frames, layout.frames),) * 2
     if frames > size * MAX_FRAMES_PER_BYTE:  # or not known
         frames = _count_frames(*identity)
         if declared > 1 << 62:  # not known, in the header of a FLAC that was written to a pipe
@@ -255,7 +263,7 @@ def _count_frames(raw, size, *_):
             if n_read < block:
                 break
     if done == 0:
-        raise AudioError("no samples")
+        raise AudioError("damaged: no samples can be decoded")
     return done
 
 

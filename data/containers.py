@@ -16,6 +16,7 @@ UNKNOWN_LENGTH = 0xFFFFFFFF  # in the header of a WAV that was written to a pipe
 HEADER_SLACK = 64  # bytes: some writers include the header in the length
 MP3_IN_WAV = 0x55  # format of a WAV
 MAX_CHUNKS = 10_000
+MAX_CHUNK_AFTER_SAMPLES = 1 << 30  # bytes: larger sizes wrap round in libsndfile, which then hangs
 CHUNKS_AFTER_SAMPLES = (b"LIST", b"bext", b"id3 ", b"ID3 ", b"cue ", b"fact", b"iXML", b"JUNK")
 
 CONVERT = "which cannot be decoded here; convert it to wav or flac"
@@ -54,7 +55,10 @@ class Layout(NamedTuple):
     region: tuple[bytes, int, int] | None = None  # of the `View` to open instead of the file
     declared_bytes: int = 0  # of samples; 0: not known
     present_bytes: int = 0
-    frames: int = 0  # the true number of samples per channel; 0: not known
+    # Of an MP3 whose header has no length or a wrong one: the true number of samples per channel,
+    # and the region of a view that libsndfile hears to its end.
+    frames: int = 0
+    repaired: tuple[bytes, int, int] | None = None
 
 
 class View(io.RawIOBase):
@@ -151,23 +155,18 @@ def _chunks(file, size, byte_order):
 
 
 def _examine_wav(file, path, size, byte_order):
-    kind, long_size, samples, end = 0, None, None, size
+    kind, long_size, samples, is_damaged = 0, None, None, False
     for name, declared, start in _chunks(file, size, byte_order):
         if name == b"data" and samples is None:
-            samples, end = (start, declared), start + declared
-            if long_size is not None and declared == UNKNOWN_LENGTH:
-                samples = (start, long_size)
+            if declared == UNKNOWN_LENGTH and long_size is not None:  # an RF64
+                samples = start, long_size
                 break
-        elif start + declared > size + HEADER_SLACK or (start + declared > size and
-                                                        samples is None):
+            samples = start, declared
+        elif start + declared > size:
             if samples is None:
-                raise DamagedHeaderError(
-                    f"damaged header: its chunk {name.decode('latin-1')!r} declares {declared} "
-                    f"bytes, the file has {max(0, size - start)}")
-            if samples[1] == 0:
-                break
-            # A damaged chunk after the samples: libsndfile sees the file without it.
-            return Layout((b"", 0, end), samples[1], min(samples[1], end - samples[0]))
+                raise DamagedHeaderError(_too_large(name, declared, size - start))
+            is_damaged = declared > MAX_CHUNK_AFTER_SAMPLES
+            break
         elif name == b"fmt ":
             file.seek(start)
             kind = int.from_bytes(file.read(2), byte_order)
@@ -176,7 +175,15 @@ def _examine_wav(file, path, size, byte_order):
             long_size = int.from_bytes(file.read(8), byte_order)
     if samples is None:
         return Layout()
-    return _wav_with_samples(file, path, size, byte_order, kind, samples)
+    layout = _wav_with_samples(file, path, size, byte_order, kind, samples)
+    if is_damaged and layout.region is None:  # libsndfile sees the file without that chunk
+        layout = layout._replace(region=(b"", 0, sum(samples)))
+    return layout
+
+
+def _too_large(name, declared, present):
+    return (f"damaged header: its chunk {name.decode('latin-1')!r} declares {declared} bytes, the "
+            f"file has {max(0, present)}")
 
 
 def _wav_with_samples(file, path, size, byte_order, kind, samples):
@@ -206,9 +213,7 @@ def _examine_aiff(file, size):
         if name == b"SSND":
             return Layout(None, declared, min(declared, size - start))
         if start + declared > size:
-            raise DamagedHeaderError(
-                f"damaged header: its chunk {name.decode('latin-1')!r} declares {declared} bytes, "
-                f"the file has {max(0, size - start)}")
+            raise DamagedHeaderError(_too_large(name, declared, size - start))
     return Layout()
 
 
@@ -258,7 +263,7 @@ def _examine_mp3(path, start, end):
         if n_frames == 0 or (declared is not None and n_frames <= declared + 1):
             return plain  # complete, or truncated: decoding shows it
         prefix = _xing_frame(content[audio:audio + 4], n_frames, end - audio)
-    return Layout((prefix, audio, end), frames=samples)
+    return plain._replace(frames=samples, repaired=(prefix, audio, end))
 
 
 def _skip_id3(content, position):
