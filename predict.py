@@ -304,7 +304,11 @@ def is_broken(recording: Recording) -> bool:
 def write_tables(args, out: Path, recordings: list[Recording], classes: list[str], config) -> None:
     """Put all parts together; raises DataError if no recording can be read."""
     good, bad = predictions.sort_by_outcome(out, recordings)
-    write_bad_files(bad, out / "bad_files.csv")
+    short = [(recording.path, f"{recording.truncated}; what decodes is used")
+             for recording in good if recording.truncated]
+    write_bad_files(bad + short, out / "bad_files.csv")
+    for path, reason in short[:10]:
+        print(f"  truncated: {printable(path)}: {reason}")
     for path, reason in bad[:10]:
         print(f"  left out: {printable(path)}: {reason}")
     if not good:

@@ -216,7 +216,10 @@ def _open_in_time(raw, view, messages):
     except queue.Empty:
         raise AudioError(f"damaged header: it cannot be read within {OPEN_SECONDS} s") from None
     if isinstance(result, sf.SoundFile):
-        return result
+        if result.format != "RAW":
+            return result
+        result.close()  # libsndfile takes any unknown file called .au, .snd or .vox for raw samples
+        result = ValueError("it is damaged, or not what its suffix says")
     if view is not None:
         view.close()
     if not isinstance(result, (*SOUNDFILE_ERRORS, TypeError)):

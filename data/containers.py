@@ -16,7 +16,8 @@ UNKNOWN_LENGTH = 0xFFFFFFFF  # in the header of a WAV that was written to a pipe
 HEADER_SLACK = 64  # bytes: some writers include the header in the length
 MP3_IN_WAV = 0x55  # format of a WAV
 MAX_CHUNKS = 10_000
-MAX_CHUNK_AFTER_SAMPLES = 1 << 30  # bytes: larger sizes wrap round in libsndfile, which then hangs
+MAX_CHUNK_AFTER_SAMPLES = 1 << 30  # bytes; a larger size can wrap round in libsndfile, which hangs
+PARSED_CHUNKS = (b"LIST", b"INFO", b"bext", b"cart", b"cue ", b"smpl", b"inst", b"acid", b"PEAK")
 CHUNKS_AFTER_SAMPLES = (b"LIST", b"bext", b"id3 ", b"ID3 ", b"cue ", b"fact", b"iXML", b"JUNK")
 
 CONVERT = "which cannot be decoded here; convert it to wav or flac"
@@ -165,7 +166,7 @@ def _examine_wav(file, path, size, byte_order):
         elif start + declared > size:
             if samples is None:
                 raise DamagedHeaderError(_too_large(name, declared, size - start))
-            is_damaged = declared > MAX_CHUNK_AFTER_SAMPLES
+            is_damaged = name in PARSED_CHUNKS and declared > MAX_CHUNK_AFTER_SAMPLES
             break
         elif name == b"fmt ":
             file.seek(start)

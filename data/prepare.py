@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from .demo import write_demo
-from .files import find_audio
+from .files import find_audio, find_outage
 from .load import load_manifest
 from .manifest import SPLITS, DataError, Manifest
 from .named import find_data
@@ -52,6 +52,11 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
     decode_all = len(manifest) <= MAX_CLIPS_TO_DECODE
     full = scan_mode == "full" or (scan_mode == "auto" and decode_all)
     result = scan(manifest, cache / "scan", full)
+    failed = {manifest.paths[row]: reason for row, reason in result.reasons.items()}
+    outage = find_outage(manifest.root, failed, manifest.paths, were_there=False)
+    if outage:
+        raise DataError(f"--data {data}: the data are not there: {outage}; bring them back, then "
+                        "give the same command again")
     if truncated == "refuse":
         refuse_truncated(result)
     log(f"data: {manifest.root}")
