@@ -286,19 +286,22 @@ def unfinished(parts: Path, recordings: list[Recording], groups: list[int], embe
     done = set()
     for recording in recordings:
         head = predictions.finished_part(parts, recording, embeddings)
-        if head is not None and (head["reason"] is None or is_broken(recording)):
+        if head is not None and (is_whole(head) or is_broken(recording)):
             done.add(recording.file)
     pairs = list(zip(recordings, groups))
     to_repeat = {group for recording, group in pairs if recording.file not in done}
     return [(recording, group) for recording, group in pairs if group in to_repeat]
 
 
+def is_whole(head: dict) -> bool:
+    return head["reason"] is None and not head.get("truncated")
+
+
 def is_broken(recording: Recording) -> bool:
     try:
-        check(recording.file)
+        return check(recording.file).truncated
     except AudioError:
         return True
-    return False
 
 
 def write_tables(args, out: Path, recordings: list[Recording], classes: list[str], config) -> None:

@@ -194,8 +194,8 @@ def read_windows(file: str, windows: Windows) -> Iterator[tuple[int, int, np.nda
 
     start, end: in samples at `windows.rate`. To about 1e-5, a window equals the result of
     audio.read and audio.fit. Raises AudioError, possibly after some windows. A
-    TruncatedError comes after the windows of what decodes, of which the last may be shorter. An MP3 that is shorter
-    than its header says may lack the last window.
+    TruncatedError comes after the windows of what decodes, of which the last may be shorter. An
+    MP3 that is shorter than its header says may lack the last window.
     """
     with open_audio(file) as audio:
         info = audio.info()
