@@ -175,6 +175,8 @@ def wrong(answer, data, path):
     """
     if answer["info"].format.startswith("MP3") and data[:4] == b"RIFF" and b"data" in data:
         data = data[data.index(b"data") + 8:]  # an MP3 inside a WAV
+        path = os.fspath(path) + ".mp3"
+        Path(path).write_bytes(data)
     try:
         try:
             rate, channels, expected, complete = decode(io.BytesIO(data))
