@@ -34,7 +34,8 @@ def load_data(args, checkpoint, distributed) -> tuple[Manifest, list[tuple[str, 
     if checkpoint is None:
         manifest, bad_files = distributed.on_first_rank(lambda: prepare(
             args.data, args.audio_dir, args.fold, args.min_clips, args.max_bad_share, args.scan,
-            args.seed, args.cache_dir, multi_label=args.loss in SIGMOID_LOSSES))
+            args.seed, args.cache_dir, multi_label=args.loss in SIGMOID_LOSSES,
+            truncated=args.truncated))
     else:
         with as_checkpoint_error(checkpoint.path):
             manifest = Manifest.from_dict(checkpoint["manifest"])

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
                                 new_writer, seconds_of(recording for recording, _ in todo))
         seconds = time.perf_counter() - started
         readable, unreadable = predictions.sort_by_outcome(out, recordings)
-        list_unreadable(out, unreadable)
+        list_unreadable(out, readable, unreadable)
         if not readable:
             raise DataError(f"{args.inputs[0]}: none of the {len(recordings)} recordings can be "
                             f"read; {out}/bad_files.csv says why")
@@ -285,7 +285,7 @@ def unfinished(parts: Path, recordings: list[Recording], batch_size: int, embedd
     groups_to_do = set()
     for recording, group in zip(readable, groups):
         head = predictions.finished_part(parts, recording, embeddings)
-        is_done = head is not None and (head["reason"] is None or is_broken(recording))
+        is_done = head is not None and (is_whole(head) or is_broken(recording))
         if not is_done:
             groups_to_do.add(group)
     todo = [(recording, group) for recording, group in zip(readable, groups)
@@ -297,12 +297,15 @@ def unfinished(parts: Path, recordings: list[Recording], batch_size: int, embedd
     return todo
 
 
+def is_whole(head: dict) -> bool:
+    return head["reason"] is None and not head.get("truncated")
+
+
 def is_broken(recording: Recording) -> bool:
     try:
-        check(recording.file)
+        return check(recording.file).truncated
     except AudioError:
         return True
-    return False
 
 
 def seconds_of(recordings: Iterable[Recording]) -> float:
@@ -326,9 +329,14 @@ def interruptions(out, batch_size):
                        "recordings are kept") from None
 
 
-def list_unreadable(out: Path, unreadable: list[tuple[str, str]]) -> None:
-    """Write bad_files.csv and print the first of [(path, reason)]."""
-    write_bad_files(unreadable, out / "bad_files.csv")
+def list_unreadable(out: Path, readable: list[Recording], unreadable: list[tuple[str, str]]
+                    ) -> None:
+    """Write bad_files.csv and print the first truncated recordings and [(path, reason)]."""
+    truncated = [(recording.path, f"{recording.truncated}; what decodes is used")
+                 for recording in readable if recording.truncated]
+    write_bad_files(unreadable + truncated, out / "bad_files.csv")
+    for path, reason in truncated[:10]:
+        print(f"  truncated: {printable(path)}: {reason}")
     for path, reason in unreadable[:10]:
         print(f"  left out: {printable(path)}: {reason}")
     if unreadable:

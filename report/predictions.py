@@ -57,7 +57,8 @@ class RecordingWriter:
     def finish(self, reason: str | None, rate: int) -> None:
         """Write the part: all windows were added, or there will be no more for this reason."""
         path = part_path(self.folder, self.recording)
-        head = {"size": self.recording.size, "mtime_ns": self.recording.mtime_ns, "reason": reason}
+        head = {"size": self.recording.size, "mtime_ns": self.recording.mtime_ns, "reason": reason,
+                "truncated": self.recording.truncated}
         if reason is None:
             # The calibration was fitted on means over a clip, so it is applied to the mean.
             mean = self.sum_of_probabilities / self.n_windows
@@ -116,7 +117,8 @@ def sort_by_outcome(out: Path, recordings: Sequence) -> tuple[list, list[tuple[s
     for recording in recordings:
         if recording.reason is None:
             with open(part_path(out / "parts", recording), "rb") as file:
-                recording.reason = json.loads(file.readline())["reason"]
+                head = json.loads(file.readline())
+            recording.reason, recording.truncated = head["reason"], head.get("truncated")
         if recording.reason is None:
             good.append(recording)
             continue
