@@ -78,7 +78,8 @@ OUT_OF_RANGE = {
 }
 CHOICES = [
     "--size", "--recipe", "--scan", "--short", "--crop", "--schedule", "--monitor", "--loss",
-    "--sampler", "--frontend", "--on-divergence", "--amp", "--cache", "--compile", "--folds", "--truncated",
+    "--sampler", "--frontend", "--on-divergence", "--amp", "--cache", "--compile", "--folds",
+    "--truncated",
 ]
 
 
