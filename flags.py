@@ -1,11 +1,11 @@
 """The flags of train.py: one line each, with default, range and help; the recipes; resuming."""
 import argparse
 import math
-import os
 import re
 import sys
 from collections.abc import Callable
 
+from core.device.distributed import launched_as
 from core.exits import INVALID_INPUT, print_error
 from core.run import CheckpointError, RunError
 from core.run.checkpoint import Checkpoint, SaveTimer
@@ -282,7 +282,9 @@ def fit_together(args: argparse.Namespace, given: dict) -> str | None:
     if args.effective_batch != multiple:
         return (f"--effective-batch {args.effective_batch}: not a multiple of --batch-size {size}; "
                 f"use {multiple}")
-    n_processes = int(os.environ.get("WORLD_SIZE", 1))
+    n_processes = launched_as()[1]
+    if args.smoke and n_processes > 1:
+        return "--smoke: excludes torchrun; try it with one process"
     if args.folds and (args.fold is not None or args.smoke or n_processes > 1):
         return "--folds: excludes --fold, --smoke and torchrun; leave them out"
     if args.warmup_epochs > args.epochs:

@@ -106,7 +106,7 @@ def test_ctrl_c_before_a_run_has_begun_ends_with_130(capsys):
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyError("x"), RuntimeError("x"),
-                                   OSError(errno.EIO, "Input/output error"), AssertionError()])
+                                   OSError(errno.ECHILD, "No child processes"), AssertionError()])
 def test_control_unexpected_error_is_raised_with_its_traceback(error):
     with pytest.raises(type(error)):
         run_script(lambda: raise_error(error))
