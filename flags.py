@@ -32,6 +32,7 @@ RECIPES = {
 FREE_ON_RESUME = {
     "resume", "run_dir", "workers", "device", "tensorboard", "eval_batch_size", "save_every",
     "max_skips", "on_divergence", "max_bad_share", "cache_dir",
+    "data", "audio_dir",  # they may have moved; their content is compared
 }
 SIZES = {"tiny": ASTConfig.tiny, "small": ASTConfig.small, "base": ASTConfig.base}
 DEFAULT_EFFECTIVE_BATCH = 32
@@ -217,7 +218,8 @@ def _add_model_flags(add):
 
 def _add_run_flags(add):
     add("--resume", None, None, "continue the run in --run-dir (default: the newest); auto: or "
-        "start a new one; or continue from a FILE", nargs="?", const="newest")
+        "start a new one; or continue from a FILE; --data may name where its recordings are now",
+        nargs="?", const="newest")
     add("--save-every", "10m", save_interval, "save within an epoch, too: 500 (steps), 10m "
         "(minutes), 0 (never)")
     add("--max-skips", 10, count(1), "abort after this many consecutive non-finite steps")

@@ -352,6 +352,10 @@ class TrainLoader:
             batches = map(self.clips.batch, list(self._keys))
         else:
             batches = iter(self._loader)
+            if self._loader.num_workers:
+                # PyTorch's handler would raise in the middle of a step if a worker dies. Without
+                # it the loader finds out within seconds, when it is asked for the next batch.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for micro_batches in plan:
             yield [next(batches) for _ in micro_batches]
 

@@ -30,9 +30,11 @@ PARTS = {  # what a checkpoint holds, and its type
     "manifest": dict, "bad_files": list, "flags": dict,
     # where the run stands
     "progress": dict, "calibration": dict | None,
+    "fingerprint": dict | None,  # of the recordings, to know them in another place
 }
 MAX_DEPTH, MAX_TEXT, MAX_CLASSES = 12, 10_000, 100_000  # limits of what a file may hold
-DEFAULTS = {"ema": None, "ema_updates": 0.0, "calibration": None}  # missing in early files
+# of parts that are missing in early files
+DEFAULTS = {"ema": None, "ema_updates": 0.0, "calibration": None, "fingerprint": None}
 
 
 class CheckpointError(InputError):
@@ -65,7 +67,7 @@ def as_checkpoint_error(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except CheckpointError:
+    except InputError:
         raise
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError,
             ValueError) as error:
