@@ -7,6 +7,7 @@ from core.device.distributed import Distributed, DistributedError
 from core.device.memory import ClipTooLargeError, is_out_of_memory
 from core.divergence import TrainingError
 from core.run.signals import Interrupted
+from data.clips import WorkerError
 from util import InputError, is_disk_error, printable
 
 OK, LOST_PROCESS, INVALID_INPUT, TRAINING_FAILED, CTRL_C = 0, 1, 2, 3, 130
@@ -55,7 +56,7 @@ def ending_of(error: Exception) -> tuple[int, str] | None:
         return INVALID_INPUT, str(error)
     if isinstance(error, (TrainingError, ClipTooLargeError)):
         return TRAINING_FAILED, str(error)
-    if isinstance(error, DistributedError):
+    if isinstance(error, (DistributedError, WorkerError)):
         return LOST_PROCESS, str(error)
     if is_out_of_memory(error):
         return TRAINING_FAILED, ("out of memory outside of the training step; lower --batch-size "

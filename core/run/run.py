@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core.device.distributed import Distributed, DistributedError
+from core.device.distributed import Distributed
 from core.divergence import TrainingError
+from data.clips import WorkerError
 from data.manifest import DataError, Manifest
 from data.scan import write_bad_files
 from data.splits import write_split
@@ -54,12 +55,6 @@ class StepResult:
 
     def read(self) -> StepNumbers:
         return StepNumbers(*self.numbers.tolist())  # waits for the GPU
-
-
-def is_lost_worker(error: BaseException) -> bool:
-    """Whether a DataLoader raised it because a worker process has died or hangs."""
-    text = str(error)
-    return text.startswith(("DataLoader worker (pid", "DataLoader timed out"))
 
 
 class Run:
@@ -298,7 +293,7 @@ class Run:
         """Turn errors of disks and the end of a worker process into one line that says how to go
         on. The run is saved if a worker has ended.
 
-        learner: None if there is nothing to save. Raises RunError or DistributedError.
+        learner: None if there is nothing to save. Raises RunError or WorkerError.
         """
         try:
             yield
@@ -308,15 +303,11 @@ class Run:
                     f"{error.filename or self.folder}: cannot be read or written "
                     f"({error.strerror}); free some space, permit writing or reconnect the disk, "
                     f"then {self._how_to_continue()}") from None
-            if not is_lost_worker(error):
+            if not isinstance(error, WorkerError):
                 raise
             if self.distributed.size == 1:  # the other ranks are in another place
                 self._save_if_needed(learner)
-            reason = " ".join(str(error).split())[:120]
-            raise DistributedError(
-                f"a process that decodes audio has ended ({reason}), perhaps because memory or "
-                "shared memory ran out; with fewer --workers, "
-                f"{self._how_to_continue()}") from None
+            raise WorkerError(f"{error}, {self._how_to_continue()}") from None
 
     def _how_to_continue(self):
         if (self.folder / "last.pt").exists() or self.command is not None:
