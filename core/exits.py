@@ -3,7 +3,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from core.device.distributed import Distributed, DistributedError
+from core.device.distributed import Distributed, DistributedError, LaunchError
 from core.device.memory import ClipTooLargeError, is_out_of_memory
 from core.divergence import TrainingError
 from core.run.signals import Interrupted
@@ -32,7 +32,8 @@ def run_script(main: Callable[[], int | None]) -> None:
             raise
         code, message = ending
         # Invalid input is found on all ranks alike, so only one of them prints it.
-        if message and (code != INVALID_INPUT or Distributed.prints_errors()):
+        is_common = code == INVALID_INPUT and not isinstance(error, LaunchError)
+        if message and (not is_common or Distributed.prints_errors()):
             print_error(message)
     except KeyboardInterrupt:
         code = CTRL_C
