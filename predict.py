@@ -15,6 +15,9 @@ from pathlib import Path
 import numpy as np
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not spin
+from util import require_working_directory
+
+require_working_directory()
 import torch
 from tqdm import tqdm
 

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -32,6 +33,17 @@ class InputError(ValueError):
 
     def __init__(self, message: object):
         super().__init__(printable(message))
+
+
+def require_working_directory() -> None:
+    """End with exit code 2 if the working directory is gone. Call it before importing torch, whose
+    libraries would end the process with a line of their own."""
+    try:
+        os.getcwd()
+    except OSError:
+        print("error: the working directory is gone; change to another with cd, then give the same "
+              "command again", file=sys.stderr)
+        sys.exit(2)
 
 
 def printable(text: object) -> str:

@@ -24,7 +24,6 @@ def run_script(main: Callable[[], int | None]) -> None:
     """
     prepare_streams()
     try:
-        _check_working_directory()
         code = main() or OK
     except Exception as error:
         ending = ending_of(error)
@@ -39,14 +38,6 @@ def run_script(main: Callable[[], int | None]) -> None:
         code = CTRL_C
     Distributed.leave(code)
     sys.exit(code)
-
-
-def _check_working_directory():
-    try:
-        os.getcwd()
-    except OSError:
-        raise InputError("the working directory is gone; change to another with cd, then give "
-                         "the same command again") from None
 
 
 def ending_of(error: Exception) -> tuple[int, str] | None:
