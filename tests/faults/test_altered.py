@@ -1,6 +1,8 @@
 """Checkpoints that somebody altered: valid files whose contents are wrong (fault 17)."""
 import contextlib
 import resource
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -298,7 +300,7 @@ def nested(depth, width=1):
     ("flags", {"epochs": 10**6000}),
     ("flags", {"data": "x" * 10**6}),
 ])
-def test_bomb_is_one_line_and_takes_no_memory(part, value, ways_in):
+def test_bomb_is_one_line_and_takes_no_memory(part, value, ways_in, altered):
     def swell(state):
         state[part] = {**state[part], **value} if part == "flags" else value
     started = time.monotonic()
@@ -307,7 +309,7 @@ def test_bomb_is_one_line_and_takes_no_memory(part, value, ways_in):
 
 
 @pytest.mark.parametrize("seconds", [1e9, -1.0, float("nan"), float("inf")])
-def test_duration_that_cannot_be_is_refused(seconds, ways_in):
+def test_duration_that_cannot_be_is_refused(seconds, ways_in, altered):
     def swell(state):
         n = len(state["manifest"]["paths"])
         state["manifest"] = {**state["manifest"], "duration": [seconds] * n}
