@@ -8,6 +8,9 @@ import shlex
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not spin
+from util import require_working_directory
+
+require_working_directory()
 import numpy as np
 import torch
 
@@ -30,7 +33,7 @@ from util import summarize
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=(__doc__ or "").split("\n")[0])
 
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint; a bare name is looked up in the newest run "

@@ -16,6 +16,9 @@ from pathlib import Path
 import numpy as np
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not spin
+from util import require_working_directory
+
+require_working_directory()
 import torch
 from tqdm import tqdm
 
@@ -99,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="predict.py", description=__doc__.split("\n")[0], epilog="""
+        prog="predict.py", description=(__doc__ or "").split("\n")[0], epilog="""
         windows.csv has a row for each window and predicted class (path, start and end in seconds,
         label, score), with an empty label if no class reaches its threshold. files.csv has the same
         for each recording as a whole (the mean of its windows, calibrated). classes.csv has, for

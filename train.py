@@ -10,16 +10,19 @@ import contextlib
 import math
 import os
 import shlex
-import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not spin
+from util import require_working_directory
+
+require_working_directory()
 import torch
 
 import flags
 from build import (
     build_model,
     check_weights,
+    fingerprint_of,
     fit_to_device,
     load_data,
     loading,
@@ -37,6 +40,7 @@ from core.folds import cross_validate
 from core.learner import Learner
 from core.run import Run, StepResult, StopRequest
 from core.run.checkpoint import load_checkpoint
+from core.run.folder import default_folder, reserve_folder
 from core.scoring import Evaluation, calibration_of, evaluate, weights_of
 from core.scoring.report_page import write_report
 from core.smoke import smoke_test
@@ -263,15 +267,20 @@ def roll_back(run, learner):
 
 # --- the run ---
 
-def main(argv: list[str] | None = None) -> int:
-    """Train, validate and test one run -> exit code. Errors are raised; see core/exits.py."""
+def main(argv: list[str] | None = None, resume_command: str | None = None) -> int:
+    """Train, validate and test one run -> exit code. Errors are raised; see core/exits.py.
+
+    resume_command: what to print when the run is interrupted, if it is part of something larger.
+    """
     args, given = flags.parse(argv)
     if args.folds:
         return run_folds(args, given)
-    stop, distributed = StopRequest(), Distributed()
+    distributed = Distributed()
+    stop = StopRequest(has_launcher=distributed.size > 1)
     device = pick_device(args.device, distributed.local_rank)
     distributed.start(device)
     run, checkpoint = Run.open(args.run_dir, args.resume, Path(args.data).stem, distributed, stop)
+    run.command = resume_command
     if checkpoint is not None:
         args = flags.resumed(args, given, checkpoint)
         device = pick_device(args.device, distributed.local_rank)
@@ -303,18 +312,21 @@ def main(argv: list[str] | None = None) -> int:
     constant = {  # parts of the checkpoint that stay the same
         "config": learner.model.config.to_dict(), "frontend": learner.frontend.config.to_dict(),
         "clip": {"samples": clips.samples, "short": args.short}, "classes": manifest.classes,
+        "fingerprint": fingerprint_of(manifest, checkpoint),
         "loss": loss, "weights": weights, "flags": vars(args)}
     run.begin(manifest, bad_files, constant, save_every=args.save_every, max_skips=args.max_skips,
               max_bad_share=args.max_bad_share, read_late=reads_late(args, device),
               tensorboard=args.tensorboard)
     checkpoint = None  # free its memory
-    for epoch in range(run.progress.epoch, args.epochs):
-        if run.progress.epochs_without_improvement >= args.patience:
-            print(f"early stop: {args.patience} epochs without a better {args.monitor}")
-            break
-        train_epoch(args, run, learner, loader, epoch)
-        end_epoch(args, run, learner, *validate(args, run, learner, clips))
-    test_best(args, run, learner, loader)
+    with run.guarded(learner):
+        for epoch in range(run.progress.epoch, args.epochs):
+            if run.progress.epochs_without_improvement >= args.patience:
+                print(f"early stop: {args.patience} epochs without a better {args.monitor}")
+                break
+            train_epoch(args, run, learner, loader, epoch)
+            end_epoch(args, run, learner, *validate(args, run, learner, clips))
+    with run.guarded():
+        test_best(args, run, learner, loader)
     return OK
 
 
@@ -378,12 +390,15 @@ def run_folds(args, given) -> int:
     if manifest.fold is None:
         raise DataError(f"--data {args.data}: has no folds; give a CSV with a column fold, or "
                         "leave --folds out")
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = Path(args.run_dir or f"runs/{stamp}-{Path(args.data).stem}-folds")
+    folder = Path(args.run_dir or default_folder(f"{Path(args.data).stem}-folds"))
+    if not args.run_dir:
+        folder = reserve_folder(folder)
+    again = shlex.join(["python", "train.py",
+                        *flags.as_command_line(given | {"run_dir": str(folder)})])
 
     def run_fold(fold, fold_folder):
         own = {"folds": None, "fold": fold, "run_dir": fold_folder, "resume": "auto"}
-        return main(flags.as_command_line(given | own))
+        return main(flags.as_command_line(given | own), again)
 
     return cross_validate(sorted(set(manifest.fold.tolist())), folder, run_fold)
 
