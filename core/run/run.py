@@ -183,7 +183,7 @@ class Run:
         if self._bar is not None:
             self._bar.set_postfix_str(
                 f"loss {progress.loss:.3f}, acc {progress.accuracy:.1%}, "
-                f"LR {lrs['lr_backbone']:.1e} {lrs['lr_head']:.1e}, "
+                f"LR {numbers.lr_backbone:.1e} {numbers.lr_head:.1e}, "
                 f"{progress.clips_per_second:.1f} clips/s", refresh=False)
         if progress.skips_in_row >= self.max_skips:
             raise TrainingError(
