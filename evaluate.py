@@ -18,6 +18,7 @@ from core.scoring import Scorer, calibration_of, evaluate, find_checkpoint, rest
 from core.scoring.report_page import write_report
 from data.cache import WaveCache
 from data.clips import Clips, evaluation_batches
+from data.files import find_outage
 from data.load import load_manifest
 from data.manifest import SPLITS, DataError, Manifest
 from data.named import credit, find_data
@@ -73,6 +74,11 @@ def main(argv: list[str] | None = None) -> int:
     batches = evaluation_batches(clips, rows, args.batch_size, args.workers,
                                  pin=device.type == "cuda")
     result = evaluate(scorer, batches, manifest, rows, progress_title=split)
+    failed = {manifest.paths[row]: reason for row, reason in result.broken.items()}
+    outage = find_outage(manifest.root, failed, manifest.paths)
+    if outage:
+        raise DataError(f"the data are not there: {outage}; bring them back, or give their folder "
+                        "with --data")
     for row, reason in list(result.broken.items())[:10]:
         print(f"  left out: {manifest.paths[row]}: {reason}")
     if len(result.rows) == 0:

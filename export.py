@@ -284,12 +284,12 @@ def is_audioset(config: FrontendConfig) -> bool:
 
 def read_back(folder: Path, model: AST) -> AST:
     """The model in the folder, with one eps for all norms as in transformers."""
-    other = AST(replace(model.config, drop_path=0.0)).eval()
-    load_pretrained(other, folder, keep_head=True)
-    for module in other.modules():
+    loaded = AST(replace(model.config, drop_path=0.0)).eval()
+    load_pretrained(loaded, folder, keep_head=True)
+    for module in loaded.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = 1e-6
-    return other
+    return loaded
 
 
 def write_ascii_json(path: Path, value: dict) -> None:

@@ -146,6 +146,7 @@ def _add_data_flags(add):
         "command and --run-dir")
     add("--min-clips", 1, count(1), "leave out classes with fewer clips")
     add("--max-bad-share", 0.05, SHARE, "largest share of unreadable files to start with")
+    add("--truncated", "use", ["use", "refuse"], "use what decodes of truncated recordings, or not")
     add("--scan", "auto", ["auto", "full", "headers"], "decode every file once before training, or "
         "read headers only (auto: full up to 5,000 files)")
     add("--seconds", 4.0, number(0.1, 3600), "length of a training crop and an evaluation tile")

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from core.device.distributed import Distributed
 from core.device.host_copy import HostCopy
 from core.divergence import TrainingError
+from data.files import find_outage
 from data.manifest import DataError, Manifest
 from data.scan import write_bad_files
 from data.splits import write_split
@@ -225,6 +226,14 @@ class Run:
         known = {path for path, _ in self.bad_files}
         reasons = {self.manifest.paths[row]: reason
                    for pairs in self.distributed.all_gather(broken) for row, reason in pairs}
+        new = {path: reason for path, reason in reasons.items() if path not in known}
+        outage = self.distributed.on_first_rank(
+            lambda: find_outage(self.manifest.root, new, self.manifest.paths))
+        if outage:
+            self.save(learner)
+            raise DataError(
+                f"the data are not there: {outage}; nothing is marked as unreadable; bring them "
+                f"back, then continue with --resume --run-dir {self.folder}")
         for path, reason in reasons.items():
             if path not in known:
                 self.bad_files.append((path, reason))
