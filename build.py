@@ -1,25 +1,38 @@
 """From flags to what a training run needs: recordings, model, clips, batch size."""
 import math
+import shlex
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 import flags
 from core.device.compiled import compile_for
 from core.device.memory import largest_batch
+from core.device.shared_memory import workers_that_fit
 from core.learner import Learner
 from core.run.checkpoint import as_checkpoint_error, load_checkpoint
 from core.scoring import restore
 from core.scoring.given_data import count_seen
 from data.cache import WaveCache, choose_cache
 from data.clips import Batch, Clips
+from data.fingerprint import check_same_lengths, check_same_recordings, fingerprint
+from data.load import load_manifest
 from data.manifest import Manifest
-from data.named import credit
+from data.named import credit, find_data
 from data.prepare import cache_folder, noise_recordings, prepare
 from losses import SIGMOID_LOSSES
 from model.ast import AST
 from model.frontend import build_frontend
-from model.pretrained import load_pretrained
+from model.pretrained import check_available, load_pretrained
+
+
+def check_weights(args) -> None:
+    """Find out now, before a long scan, if the weights cannot be had."""
+    fallback = (f"python train.py --data {shlex.quote(args.data)} --weights none --size tiny "
+                "--lr-backbone 5e-4 --recipe best")
+    check_available(args.weights, fallback)
 
 
 def load_data(args, checkpoint, distributed) -> tuple[Manifest, list[tuple[str, str]]]:
@@ -27,18 +40,45 @@ def load_data(args, checkpoint, distributed) -> tuple[Manifest, list[tuple[str, 
     if checkpoint is None:
         manifest, bad_files = distributed.on_first_rank(lambda: prepare(
             args.data, args.audio_dir, args.fold, args.min_clips, args.max_bad_share, args.scan,
-            args.seed, args.cache_dir, multi_label=args.loss in SIGMOID_LOSSES))
+            args.seed, args.cache_dir, multi_label=args.loss in SIGMOID_LOSSES,
+            truncated=args.truncated))
     else:
         with as_checkpoint_error(checkpoint.path):
             manifest = Manifest.from_dict(checkpoint["manifest"])
             bad_files = [(path, reason) for path, reason in checkpoint["bad_files"]]
             if manifest.multi_label and args.loss not in SIGMOID_LOSSES:
                 raise ValueError("its clips have several labels, which its loss cannot learn")
+            started = tuple(checkpoint["flags"].get(name) for name in ("data", "audio_dir"))
+        if (args.data, args.audio_dir) != started or not manifest.root.is_dir():
+            manifest.root = distributed.on_first_rank(
+                lambda: moved_root(args, manifest, checkpoint))
     for line in credit(manifest.root):
         print(f"  {line}")
     counts = ", ".join(f"{len(manifest.rows(split))} {split}" for split in ("train", "val", "test"))
     print(f"  {len(manifest.classes)} classes; {counts}")
     return manifest, bad_files
+
+
+def moved_root(args, manifest, checkpoint) -> Path:
+    """Where the recordings of a resumed run are now. Raises DataError if --data has others."""
+    data = args.data
+    if data != "demo":
+        data = find_data(data, cache_folder(args.cache_dir))
+        moved = replace(manifest, root=load_manifest(data, args.audio_dir).root)
+        known = checkpoint["fingerprint"]
+        with as_checkpoint_error(checkpoint.path):
+            if known is None:
+                check_same_lengths(moved, data)
+            else:
+                check_same_recordings(moved, known, data)
+        print(f"data: the same recordings, now in {moved.root}")
+        return moved.root
+    return manifest.root
+
+
+def fingerprint_of(manifest: Manifest, checkpoint) -> dict | None:
+    """What the recordings are, for a checkpoint; a resumed run keeps what it was started with."""
+    return fingerprint(manifest) if checkpoint is None else checkpoint["fingerprint"]
 
 
 def build_model(args, manifest, checkpoint, device, distributed):
@@ -149,7 +189,15 @@ def loading(args, device) -> dict:
     """How batches are loaded: worker processes, and page-locked memory for a GPU."""
     is_cuda = device.type == "cuda"
     default = min(8, torch.get_num_threads()) if is_cuda else 0
-    return {"workers": default if args.workers < 0 else args.workers, "pin": is_cuda}
+    workers = default if args.workers < 0 else args.workers
+    if workers:
+        n_samples = round(args.seconds * flags.frontend_config(args).sample_rate)
+        clip_bytes = 4 * n_samples * (2 if args.noise_p else 1)
+        n_micro_batches = math.ceil(args.effective_batch / args.batch_size)
+        training = workers_that_fit(workers, args.batch_size * clip_bytes, n_micro_batches)
+        scoring = workers_that_fit(workers, args.eval_batch_size * clip_bytes, 1)
+        workers = min(training, scoring)
+    return {"workers": workers, "pin": is_cuda}
 
 
 def reads_late(args, device) -> bool:

@@ -8,6 +8,9 @@ import shlex
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not spin
+from util import require_working_directory
+
+require_working_directory()
 import numpy as np
 import torch
 
@@ -25,6 +28,7 @@ from core.scoring.given_data import (
 from core.scoring.report_page import write_report
 from data.cache import WaveCache
 from data.clips import Clips, evaluation_batches
+from data.files import find_outage
 from data.load import load_manifest
 from data.manifest import SPLITS, DataError, Manifest
 from data.named import credit, find_data
@@ -35,7 +39,7 @@ from util import summarize
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=(__doc__ or "").split("\n")[0])
 
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint; a bare name is looked up in the newest run "
@@ -82,6 +86,11 @@ def main(argv: list[str] | None = None) -> int:
     batches = evaluation_batches(clips, rows, args.batch_size, args.workers,
                                  pin=device.type == "cuda")
     result = evaluate(scorer, batches, manifest, rows, progress_title=split)
+    failed = {manifest.paths[row]: reason for row, reason in result.broken.items()}
+    outage = find_outage(manifest.root, failed, manifest.paths)
+    if outage:
+        raise DataError(f"the data are not there: {outage}; bring them back, or give their folder "
+                        "with --data")
     for row, reason in list(result.broken.items())[:10]:
         print(f"  left out: {manifest.paths[row]}: {reason}")
     if len(result.rows) == 0:

@@ -23,6 +23,9 @@ from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not spin
+from util import require_working_directory
+
+require_working_directory()
 import numpy as np
 import torch
 from safetensors.torch import save
@@ -286,12 +289,12 @@ def is_audioset(config: FrontendConfig) -> bool:
 
 def read_back(folder: Path, model: AST) -> AST:
     """The model in the folder, with one eps for all norms as in transformers."""
-    other = AST(replace(model.config, drop_path=0.0)).eval()
-    load_pretrained(other, folder, keep_head=True)
-    for module in other.modules():
+    loaded = AST(replace(model.config, drop_path=0.0)).eval()
+    load_pretrained(loaded, folder, keep_head=True)
+    for module in loaded.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = 1e-6
-    return other
+    return loaded
 
 
 def write_ascii_json(path: Path, value: dict) -> None:

@@ -1,10 +1,10 @@
 """The flags of train.py: one line each, with default, range and help; the recipes; resuming."""
 import argparse
 import math
-import os
 import re
 from collections.abc import Callable
 
+from core.device.distributed import launched_as
 from core.exits import parse_args
 from core.run import CheckpointError, RunError
 from core.run.checkpoint import Checkpoint, SaveTimer
@@ -31,6 +31,7 @@ RECIPES = {
 FREE_ON_RESUME = {
     "resume", "run_dir", "workers", "device", "tensorboard", "eval_batch_size", "save_every",
     "max_skips", "on_divergence", "max_bad_share", "cache_dir",
+    "data", "audio_dir",  # they may have moved; their content is compared
 }
 SIZES = {"tiny": ASTConfig.tiny, "small": ASTConfig.small, "base": ASTConfig.base}
 DEFAULT_EFFECTIVE_BATCH = 32
@@ -146,6 +147,7 @@ def _add_data_flags(add):
         "command and --run-dir")
     add("--min-clips", 1, count(1), "leave out classes with fewer clips")
     add("--max-bad-share", 0.05, SHARE, "largest share of unreadable files to start with")
+    add("--truncated", "use", ["use", "refuse"], "use what decodes of truncated recordings, or not")
     add("--scan", "auto", ["auto", "full", "headers"], "decode every file once before training, or "
         "read headers only (auto: full up to 5,000 files)")
     add("--seconds", 4.0, number(0.1, 3600), "length of a training crop and an evaluation tile")
@@ -217,7 +219,8 @@ def _add_model_flags(add):
 
 def _add_run_flags(add):
     add("--resume", None, None, "continue the run in --run-dir (default: the newest); auto: or "
-        "start a new one; or continue from a FILE", nargs="?", const="newest")
+        "start a new one; or continue from a FILE; --data may name where its recordings are now",
+        nargs="?", const="newest")
     add("--save-every", "10m", save_interval, "save within an epoch, too: 500 (steps), 10m "
         "(minutes), 0 (never)")
     add("--max-skips", 10, count(1), "abort after this many consecutive non-finite steps")
@@ -276,7 +279,9 @@ def fit_together(args: argparse.Namespace, given: dict) -> str | None:
     if args.effective_batch != multiple:
         return (f"--effective-batch {args.effective_batch}: not a multiple of --batch-size {size}; "
                 f"use {multiple}")
-    n_processes = int(os.environ.get("WORLD_SIZE", 1))
+    n_processes = launched_as()[1]
+    if args.smoke and n_processes > 1:
+        return "--smoke: excludes torchrun; try it with one process"
     if args.folds and (args.fold is not None or args.smoke or n_processes > 1):
         return "--folds: excludes --fold, --smoke and torchrun; leave them out"
     if args.warmup_epochs > args.epochs:

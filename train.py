@@ -10,14 +10,25 @@ import contextlib
 import math
 import os
 import shlex
-import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not spin
+from util import require_working_directory
+
+require_working_directory()
 import torch
 
 import flags
-from build import build_model, fit_to_device, load_data, loading, open_clips, reads_late
+from build import (
+    build_model,
+    check_weights,
+    fingerprint_of,
+    fit_to_device,
+    load_data,
+    loading,
+    open_clips,
+    reads_late,
+)
 from core import describe
 from core.device.distributed import Distributed
 from core.device.memory import is_out_of_memory, peak_memory_mb
@@ -29,6 +40,7 @@ from core.folds import cross_validate
 from core.learner import Learner
 from core.run import Run, StepResult, StopRequest
 from core.run.checkpoint import load_checkpoint
+from core.run.folder import default_folder, reserve_folder
 from core.scoring import Evaluation, calibration_of, evaluate, weights_of
 from core.scoring.report_page import write_report
 from core.smoke import smoke_test
@@ -213,11 +225,14 @@ def end_epoch(args, run: Run, learner: Learner, row: dict, n_clips: int) -> None
     divergence = find_divergence(run.progress.accuracies, n_clips)
     if divergence:
         run.event("diverged", divergence)
-        if args.on_divergence == "rollback" and not is_best:
-            roll_back(run, learner)
-    run.save(learner)
-    if is_best:
+    if is_best:  # saved before a rollback changes the weights
+        run.save(learner)
         run.link_best()
+    rolls_back = divergence is not None and args.on_divergence == "rollback"
+    if rolls_back:
+        roll_back(run, learner)
+    if rolls_back or not is_best:
+        run.save(learner)
     if learner.distributed.is_first:
         pictures.curves(run.folder / "history.csv", run.folder / "curves.png", args.monitor)
     if divergence and args.on_divergence == "stop":
@@ -252,18 +267,25 @@ def roll_back(run, learner):
 
 # --- the run ---
 
-def main(argv: list[str] | None = None) -> int:
-    """Train, validate and test one run -> exit code. Errors are raised; see core/exits.py."""
+def main(argv: list[str] | None = None, resume_command: str | None = None) -> int:
+    """Train, validate and test one run -> exit code. Errors are raised; see core/exits.py.
+
+    resume_command: what to print when the run is interrupted, if it is part of something larger.
+    """
     args, given = flags.parse(argv)
     if args.folds:
         return run_folds(args, given)
-    stop, distributed = StopRequest(), Distributed()
+    distributed = Distributed()
+    stop = StopRequest(has_launcher=distributed.size > 1)
     device = pick_device(args.device, distributed.local_rank)
     distributed.start(device)
     run, checkpoint = Run.open(args.run_dir, args.resume, Path(args.data).stem, distributed, stop)
+    run.command = resume_command
     if checkpoint is not None:
         args = flags.resumed(args, given, checkpoint)
         device = pick_device(args.device, distributed.local_rank)
+    if checkpoint is None:
+        distributed.on_first_rank(lambda: check_weights(args))
     manifest, bad_files = load_data(args, checkpoint, distributed)
     learner, loss, weights = build_learner(args, manifest, checkpoint, device, distributed)
     args.batch_size = fit_to_device(args, learner, accumulate)  # tries passes of rising size
@@ -290,18 +312,21 @@ def main(argv: list[str] | None = None) -> int:
     constant = {  # parts of the checkpoint that stay the same
         "config": learner.model.config.to_dict(), "frontend": learner.frontend.config.to_dict(),
         "clip": {"samples": clips.samples, "short": args.short}, "classes": manifest.classes,
+        "fingerprint": fingerprint_of(manifest, checkpoint),
         "loss": loss, "weights": weights, "flags": vars(args)}
     run.begin(manifest, bad_files, constant, save_every=args.save_every, max_skips=args.max_skips,
               max_bad_share=args.max_bad_share, read_late=reads_late(args, device),
               tensorboard=args.tensorboard)
     checkpoint = None  # free its memory
-    for epoch in range(run.progress.epoch, args.epochs):
-        if run.progress.epochs_without_improvement >= args.patience:
-            print(f"early stop: {args.patience} epochs without a better {args.monitor}")
-            break
-        train_epoch(args, run, learner, loader, epoch)
-        end_epoch(args, run, learner, *validate(args, run, learner, clips))
-    test_best(args, run, learner, loader)
+    with run.guarded(learner):
+        for epoch in range(run.progress.epoch, args.epochs):
+            if run.progress.epochs_without_improvement >= args.patience:
+                print(f"early stop: {args.patience} epochs without a better {args.monitor}")
+                break
+            train_epoch(args, run, learner, loader, epoch)
+            end_epoch(args, run, learner, *validate(args, run, learner, clips))
+    with run.guarded():
+        test_best(args, run, learner, loader)
     return OK
 
 
@@ -365,12 +390,15 @@ def run_folds(args, given) -> int:
     if manifest.fold is None:
         raise DataError(f"--data {args.data}: has no folds; give a CSV with a column fold, or "
                         "leave --folds out")
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = Path(args.run_dir or f"runs/{stamp}-{Path(args.data).stem}-folds")
+    folder = Path(args.run_dir or default_folder(f"{Path(args.data).stem}-folds"))
+    if not args.run_dir:
+        folder = reserve_folder(folder)
+    again = shlex.join(["python", "train.py",
+                        *flags.as_command_line(given | {"run_dir": str(folder)})])
 
     def run_fold(fold, fold_folder):
         own = {"folds": None, "fold": fold, "run_dir": fold_folder, "resume": "auto"}
-        return main(flags.as_command_line(given | own))
+        return main(flags.as_command_line(given | own), again)
 
     return cross_validate(sorted(set(manifest.fold.tolist())), folder, run_fold)
 

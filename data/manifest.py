@@ -11,6 +11,7 @@ import numpy as np
 from util import InputError
 
 SPLITS = ("train", "val", "test")
+MAX_DURATION, MAX_TOTAL_DURATION = 1e6, 1e8  # seconds of a clip and of all: 11 days, 3 years
 
 # The columns of a manifest and the type of each.
 COLUMN_TYPES = {
@@ -203,8 +204,12 @@ class Manifest:
         valid = (np.isin(self.labels, range(len(self.classes))).all()
                  and np.isin(self.split, range(-1, len(SPLITS))).all()
                  and (self.start >= 0).all() and not (self.end < 0).any())
+        if self.duration is not None:  # a made-up one would be years of tiles
+            valid &= bool(((self.duration >= 0) & (self.duration <= MAX_DURATION)).all()
+                          and self.duration.sum(dtype=np.float64) <= MAX_TOTAL_DURATION)
         if not valid:
-            raise ValueError("its manifest has a label, split, start or end out of range")
+            raise ValueError("its manifest has a label, split, start, end or duration out of "
+                             "range")
         for present, unknown in self.label_sets:
             if not present or not _are_distinct_indices([*present, *unknown], len(self.classes)):
                 raise ValueError("its manifest has a set of labels that is empty, repeats a class "

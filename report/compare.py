@@ -14,7 +14,7 @@ import numpy as np
 
 from metrics import METRICS, metrics_for, point_metrics, resample_counts
 from metrics.classification import Outcome, WeightedCounts
-from util import InputError, plural
+from util import InputError, plural, printable
 
 from .run_files import load_scores, read_columns, read_rows
 from .style import COLOURS, picture
@@ -275,12 +275,16 @@ def _draw(sides, names, out):
 
 def main(arguments: Sequence[str]) -> int:
     if "--help" in arguments or len(arguments) not in (2, 3):
-        print(__doc__.strip(), file=sys.stderr)
+        print((__doc__ or "give the folders of two runs").strip(), file=sys.stderr)
         return 0 if "--help" in arguments else 2
     try:
         print("\n".join(compare(*arguments[:2], Path(*arguments[2:]) / "compare.png")))
     except CompareError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {printable(error.filename or 'compare.png')}: cannot be written "
+              f"({error.strerror}); give another folder", file=sys.stderr)
         return 2
     return 0
 

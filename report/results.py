@@ -18,7 +18,7 @@ from metrics import (
     recall_by_frequency,
     reliability,
 )
-from util import write_json
+from util import atomic_write, write_json
 
 from . import pictures
 from .run_files import load_scores
@@ -84,13 +84,14 @@ def _write_scores(path, result, manifest, predicted):
               "rows": result.rows, "groups": manifest.group[result.rows]}
     if predicted is not None:
         arrays["predicted"] = predicted
-    np.savez(path, **arrays)
+    with atomic_write(path, "wb") as file:
+        np.savez(file, **arrays)
 
 
 def _write_predictions(path, result, manifest, classes, calibrated, predicted):
     """One row per clip: its labels, the predicted classes and the highest calibrated scores."""
     best = np.argsort(-calibrated, axis=1, kind="stable")[:, :TOP]
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with atomic_write(path) as file:
         out = csv.writer(file)
         out.writerow(["path", "start", "end", "label", "prediction", "confidence", "top5"])
         for i, (row, top, scores) in enumerate(zip(result.rows, best, calibrated, strict=True)):
@@ -116,7 +117,7 @@ def _write_per_class(path, result, classes, calibration, predicted):
     if predicted is not None:
         columns.append("threshold")
     rows = per_class(result.scores, result.labels, len(classes), predicted)
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as file:
         out = csv.writer(file)
         out.writerow(columns)
         for i, row in enumerate(rows):

@@ -79,6 +79,7 @@ OUT_OF_RANGE = {
 CHOICES = [
     "--size", "--recipe", "--scan", "--short", "--crop", "--schedule", "--monitor", "--loss",
     "--sampler", "--frontend", "--on-divergence", "--amp", "--cache", "--compile", "--folds",
+    "--truncated",
 ]
 
 

@@ -491,8 +491,9 @@ def test_unreadable_files_are_listed_and_the_others_predicted(ckpt, tmp_path, ca
     assert all(row["path"] in printed for row in bad)
     for table in ("windows.csv", "files.csv"):
         expected = rows(reference / table)
-        assert len(rows(out / table)) == len(expected) > 3
-        assert [row["label"] for row in rows(out / table)] == [row["label"] for row in expected]
+        others = [row for row in rows(out / table) if "3b.flac" not in row["path"]]
+        assert len(rows(out / table)) > len(others) == len(expected) > 3  # its sound part is used
+        assert [row["label"] for row in others] == [row["label"] for row in expected]
 
 
 def test_files_that_were_repaired_or_broken_since_change_sides(ckpt, tmp_path):
@@ -530,7 +531,7 @@ def test_a_broken_file_is_tried_again_even_if_its_size_and_time_are_the_same(ckp
         run(ckpt, out, data)
         assert n_written(before, out) == n_predicted
         assert len(rows(out / "bad_files.csv")) == n_bad
-        assert ("a.flac" in names(rows(out / "files.csv"))) == (n_bad == 0)
+        assert ("a.flac" in names(rows(out / "bad_files.csv"))) == (n_bad == 1)
 
 
 def test_nothing_to_predict_is_exit_code_2(ckpt, tmp_path):
@@ -608,17 +609,17 @@ def test_help_names_every_flag(capsys):
 
 # --- stopped and continued ---
 
-N_MANY = 121
+N_MANY = 201  # enough that a slow machine sends its signals before the end
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """120 recordings of one to three windows, and one of 100 windows among them."""
+    """200 recordings of one to three windows, and one of 200 windows among them."""
     folder = tmp_path_factory.mktemp("many")
     for i in range(N_MANY - 1):
         wave = tone(0.6 + i % 5 * 0.4, 22050, hz=300 + 20 * i, seed=i)
         sf.write(folder / f"{i:03d}.wav", wave, 22050)
-    sf.write(folder / "060a.wav", tone(90, 22050, hz=900), 22050)
+    sf.write(folder / "100a.wav", tone(180, 22050, hz=900), 22050)
     return folder
 
 
@@ -647,7 +648,7 @@ def stop_after(n_parts, signum, words, out):
 def test_a_stopped_run_ends_with_the_bytes_of_one_that_was_not(
         ckpt, many, uninterrupted, tmp_path):
     out, n_before = tmp_path / "p", 0
-    stops = ((20, signal.SIGTERM, 143), (50, signal.SIGINT, 130), (80, signal.SIGKILL, -9))
+    stops = ((30, signal.SIGTERM, 143), (60, signal.SIGINT, 130), (90, signal.SIGKILL, -9))
     for n_parts, signum, expected_code in stops:
         code, n_done = stop_after(n_parts, signum, command(ckpt, out, many, *FLAGS), out)
         assert code == expected_code and n_before < n_parts <= n_done < N_MANY
@@ -718,6 +719,24 @@ def test_only_changed_recordings_are_predicted_again_with_their_groups(ckpt, tmp
     assert names(different) == ["07.wav"]
     # The last group, of 4, and the groups of 8 that 07.wav and the cut part are in.
     assert n_written(before, out) in (12, 20)
+
+
+def test_only_leftovers_of_a_killed_run_are_removed_from_the_folder(ckpt, tmp_path):
+    sf.write(tmp_path / "a.wav", tone(1), 16000)
+    out = tmp_path / "p"
+    leftovers = [".settings.json.k3_x90ab", f"parts/.{'0' * 32}.jsonl.abcdefgh"]
+    (out / "parts").mkdir(parents=True)
+    for name in leftovers:
+        (out / name).touch()
+    run(ckpt, out, tmp_path / "a.wav")
+    assert not any((out / name).exists() for name in leftovers)
+    (out / ".files.csv.abcdefgh").touch()
+    (out / ".gitignore").write_text("*")
+    (out / ".ipynb_checkpoints").mkdir()
+    run(ckpt, out, tmp_path / "a.wav")
+    assert sorted(path.name for path in out.iterdir()) == [
+        ".gitignore", ".ipynb_checkpoints", ".lock", "bad_files.csv", "classes.csv", "files.csv",
+        "parts", "settings.json", "windows.csv"]
 
 
 def test_two_runs_cannot_write_to_one_folder(ckpt, recordings, tmp_path, capsys):
