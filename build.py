@@ -1,5 +1,6 @@
 """From flags to what a training run needs: recordings, model, clips, batch size."""
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,14 @@ from data.prepare import cache_folder, noise_recordings, prepare
 from losses import SIGMOID_LOSSES
 from model.ast import AST
 from model.frontend import build_frontend
-from model.pretrained import load_pretrained
+from model.pretrained import check_available, load_pretrained
+
+
+def check_weights(args) -> None:
+    """Find out now, before a long scan, if the weights cannot be had."""
+    fallback = (f"python train.py --data {shlex.quote(args.data)} --weights none --size tiny "
+                "--lr-backbone 5e-4 --recipe best")
+    check_available(args.weights, fallback)
 
 
 def load_data(args, checkpoint, distributed) -> tuple[Manifest, list[tuple[str, str]]]:
@@ -31,7 +39,8 @@ def load_data(args, checkpoint, distributed) -> tuple[Manifest, list[tuple[str, 
     if checkpoint is None:
         manifest, bad_files = distributed.on_first_rank(lambda: prepare(
             args.data, args.audio_dir, args.fold, args.min_clips, args.max_bad_share, args.scan,
-            args.seed, args.cache_dir, multi_label=args.loss in SIGMOID_LOSSES))
+            args.seed, args.cache_dir, multi_label=args.loss in SIGMOID_LOSSES,
+            truncated=args.truncated))
     else:
         with as_checkpoint_error(checkpoint.path):
             manifest = Manifest.from_dict(checkpoint["manifest"])

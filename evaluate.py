@@ -5,7 +5,6 @@ The checkpoint says what the model, the front end, the classes and the split are
 import argparse
 import os
 import shlex
-import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not spin
@@ -16,12 +15,13 @@ import numpy as np
 import torch
 
 from core.device.precision import choose_precision, pick_device
-from core.exits import INVALID_INPUT, print_error, run_script
+from core.exits import parse_args, run_script
 from core.run.checkpoint import Checkpoint, as_checkpoint_error, load_checkpoint
 from core.scoring import Scorer, calibration_of, evaluate, find_checkpoint, restore
 from core.scoring.report_page import write_report
 from data.cache import WaveCache
 from data.clips import Clips, evaluation_batches
+from data.files import find_outage
 from data.load import load_manifest
 from data.manifest import SPLITS, DataError, Manifest
 from data.named import credit, find_data
@@ -35,11 +35,6 @@ from util import summarize
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="evaluate.py", description=(__doc__ or "").split("\n")[0])
 
-    def error(message):
-        print_error(f"{message} (see --help)")
-        sys.exit(INVALID_INPUT)
-
-    parser.error = error
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint; a bare name is looked up in the newest run "
         "under runs/")
@@ -53,7 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="precision")
     add("--batch-size", type=int, default=16, help="tiles at a time")
     add("--workers", type=int, default=0, help="processes that decode audio beside this one")
-    args = parser.parse_args(argv)
+    args = parse_args(parser, argv)
     if args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: must be at least 1")
     if args.workers < 0:
@@ -82,6 +77,11 @@ def main(argv: list[str] | None = None) -> int:
     batches = evaluation_batches(clips, rows, args.batch_size, args.workers,
                                  pin=device.type == "cuda")
     result = evaluate(scorer, batches, manifest, rows, progress_title=split)
+    failed = {manifest.paths[row]: reason for row, reason in result.broken.items()}
+    outage = find_outage(manifest.root, failed, manifest.paths)
+    if outage:
+        raise DataError(f"the data are not there: {outage}; bring them back, or give their folder "
+                        "with --data")
     for row, reason in list(result.broken.items())[:10]:
         print(f"  left out: {manifest.paths[row]}: {reason}")
     if len(result.rows) == 0:

@@ -16,7 +16,6 @@ import io
 import json
 import logging
 import os
-import sys
 import tempfile
 import warnings
 import zipfile
@@ -33,7 +32,7 @@ from safetensors.torch import save
 from torch import nn
 
 from core.divergence import TrainingError
-from core.exits import INVALID_INPUT, print_error, run_script
+from core.exits import parse_args, run_script
 from core.run.checkpoint import Checkpoint, as_checkpoint_error, load_checkpoint
 from core.scoring import calibration_of, find_checkpoint, is_multi_label, restore
 from data.manifest import Manifest
@@ -88,17 +87,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="export.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def error(message):
-        print_error(f"{message} (see --help)")
-        sys.exit(INVALID_INPUT)
-
-    parser.error = error
     parser.add_argument("--ckpt", required=True, help="checkpoint; a bare name is looked up in the "
                         "newest run under runs/")
     parser.add_argument("--to", required=True, choices=list(DEFAULT_OUT), help="format")
     parser.add_argument("out", nargs="?", help="folder (hf) or file to write; an older export "
                         "there is replaced (default: hf, model.onnx, model.pt2 in the run folder)")
-    return parser.parse_args(argv)
+    return parse_args(parser, argv)
 
 
 # --- what is exported ---
@@ -293,12 +287,12 @@ def is_audioset(config: FrontendConfig) -> bool:
 
 def read_back(folder: Path, model: AST) -> AST:
     """The model in the folder, with one eps for all norms as in transformers."""
-    other = AST(replace(model.config, drop_path=0.0)).eval()
-    load_pretrained(other, folder, keep_head=True)
-    for module in other.modules():
+    loaded = AST(replace(model.config, drop_path=0.0)).eval()
+    load_pretrained(loaded, folder, keep_head=True)
+    for module in loaded.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = 1e-6
-    return other
+    return loaded
 
 
 def write_ascii_json(path: Path, value: dict) -> None:

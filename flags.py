@@ -2,11 +2,10 @@
 import argparse
 import math
 import re
-import sys
 from collections.abc import Callable
 
 from core.device.distributed import launched_as
-from core.exits import INVALID_INPUT, print_error
+from core.exits import parse_args
 from core.run import CheckpointError, RunError
 from core.run.checkpoint import Checkpoint, SaveTimer
 from data.cache import CACHES
@@ -36,6 +35,7 @@ FREE_ON_RESUME = {
 }
 SIZES = {"tiny": ASTConfig.tiny, "small": ASTConfig.small, "base": ASTConfig.base}
 DEFAULT_EFFECTIVE_BATCH = 32
+MAX_PARAMETERS = 3e9  # of the model; AST-base has 86 million
 
 
 # --- types: what a flag's text must be ---
@@ -147,6 +147,7 @@ def _add_data_flags(add):
         "command and --run-dir")
     add("--min-clips", 1, count(1), "leave out classes with fewer clips")
     add("--max-bad-share", 0.05, SHARE, "largest share of unreadable files to start with")
+    add("--truncated", "use", ["use", "refuse"], "use what decodes of truncated recordings, or not")
     add("--scan", "auto", ["auto", "full", "headers"], "decode every file once before training, or "
         "read headers only (auto: full up to 5,000 files)")
     add("--seconds", 4.0, number(0.1, 3600), "length of a training crop and an evaluation tile")
@@ -232,7 +233,7 @@ def _add_speed_flags(add):
     add("--device", "auto", str, "auto, cpu, cuda, cuda:N")
     add("--amp", "auto", ["auto", "bf16", "fp16", "off"], "mixed precision")
     add("--eval-batch-size", 16, count(1), "tiles at once in evaluation")
-    add("--workers", -1, count(-1, 1024), "processes that decode audio (-1: one per core, at most "
+    add("--workers", -1, count(-1, 256), "processes that decode audio (-1: one per core, at most "
         "8, with a GPU; 0 without)")
     add("--cache", "auto", CACHES, "where decoded audio is kept, rounded to 16 bits: disk, ram, "
         "device (GPU), off; auto: the GPU or the disk if there is room")
@@ -254,19 +255,13 @@ def parse(argv: list[str] | None = None, source: str = "") -> tuple[argparse.Nam
     source: put before the message, for flags that do not come from the command line.
     """
     parser, defaults = build_parser()
-
-    def error(message):
-        print_error(f"{source}{message} (see --help)")
-        sys.exit(INVALID_INPUT)
-
-    parser.error = error
-    given = vars(parser.parse_args(argv))
+    given = vars(parse_args(parser, argv, source))
     is_demo = given.get("data", "demo") == "demo"
     recipe = given.get("recipe") or ("demo" if is_demo else "baseline")
     args = argparse.Namespace(**(defaults | RECIPES[recipe] | given | {"recipe": recipe}))
     problem = fit_together(args, given)
     if problem:
-        error(problem)
+        parser.error(problem)
     return args, given
 
 
@@ -318,6 +313,10 @@ def _geometry_problem(args):
         config = model_config(args, n_classes=2)
     except ValueError as error:
         return str(error)
+    n_parameters = 12 * config.depth * config.dim**2  # of the blocks
+    if n_parameters > MAX_PARAMETERS:
+        return (f"--dim {config.dim} --depth {config.depth}: about {n_parameters / 1e9:.0f} "
+                "billion parameters, more than this program can train; lower them")
     frames = frontend.frames(round(args.seconds * frontend.sample_rate))
     if frames < config.patch:
         enough = config.patch * frontend.hop_length / frontend.sample_rate + 0.05

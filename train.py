@@ -21,6 +21,7 @@ import torch
 import flags
 from build import (
     build_model,
+    check_weights,
     fingerprint_of,
     fit_to_device,
     load_data,
@@ -224,11 +225,14 @@ def end_epoch(args, run: Run, learner: Learner, row: dict, n_clips: int) -> None
     divergence = find_divergence(run.progress.accuracies, n_clips)
     if divergence:
         run.event("diverged", divergence)
-        if args.on_divergence == "rollback" and not is_best:
-            roll_back(run, learner)
-    run.save(learner)
-    if is_best:
+    if is_best:  # saved before a rollback changes the weights
+        run.save(learner)
         run.link_best()
+    rolls_back = divergence is not None and args.on_divergence == "rollback"
+    if rolls_back:
+        roll_back(run, learner)
+    if rolls_back or not is_best:
+        run.save(learner)
     if learner.distributed.is_first:
         pictures.curves(run.folder / "history.csv", run.folder / "curves.png", args.monitor)
     if divergence and args.on_divergence == "stop":
@@ -280,6 +284,8 @@ def main(argv: list[str] | None = None, resume_command: str | None = None) -> in
     if checkpoint is not None:
         args = flags.resumed(args, given, checkpoint)
         device = pick_device(args.device, distributed.local_rank)
+    if checkpoint is None:
+        distributed.on_first_rank(lambda: check_weights(args))
     manifest, bad_files = load_data(args, checkpoint, distributed)
     learner, loss, weights = build_learner(args, manifest, checkpoint, device, distributed)
     args.batch_size = fit_to_device(args, learner, accumulate)  # tries passes of rising size

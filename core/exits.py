@@ -63,6 +63,23 @@ def ending_of(error: Exception) -> tuple[int, str] | None:
     return None
 
 
+def parse_args(parser, argv: list[str] | None = None, source: str = ""):
+    """`parser.parse_args(argv)`; an invalid command line prints one line and exits with code 2.
+
+    source: put before the message, for flags that do not come from the command line.
+    """
+    def error(message):
+        print_error(f"{source}{message} (see --help)")
+        sys.exit(INVALID_INPUT)
+
+    parser.error = error
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if value == []:  # argparse makes this of "--flag=--", without asking the flag's type
+            error(f"--{name.replace('_', '-')}: needs a value")
+    return args
+
+
 def print_error(message: object) -> None:
     print(f"error: {printable(message)}", file=sys.stderr)
 

@@ -202,7 +202,7 @@ class Clips(Dataset):
             rows,
             broken,
             cache_problem=self.cache.problem if self.cache else None,
-            noise=None if noise is None else noise[torch.from_numpy(readable)],
+            noise=None if noise is None else noise.index_select(0, _indices(readable, noise)),
             clip_ids=clip_ids[readable],
         )
 
@@ -254,8 +254,8 @@ class Clips(Dataset):
         # A broken noise row gives no noise; it is reported when it comes as a clip.
         waves, readable, _ = source._waves(rows[noisy], starts[noisy])
         noise = waves.new_zeros(len(clip_ids), self.samples)
-        noise[torch.from_numpy(np.flatnonzero(noisy)[readable])] = waves
-        return noise
+        noisy[noisy] = readable
+        return noise.index_copy_(0, _indices(noisy, noise), waves)
 
     def _read(self, row, start, length):
         """(length,) float32 of a row, from `start` on."""
@@ -264,6 +264,14 @@ class Clips(Dataset):
             return read(file, self.rate, begin + start, length)
         samples, scale = self.cache.read(file, begin, total, start, length)
         return samples * np.float32(scale)
+
+
+def _indices(mask, like):
+    """Indices of the true values of a mask (B,), on the device of `like`.
+
+    A mask, or indices on the host, would make the host wait for the device.
+    """
+    return torch.from_numpy(np.flatnonzero(mask)).to(like.device, non_blocking=True)
 
 
 def activity(wave: np.ndarray, block: int) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Class folders -> a manifest: plain, under train/ val/ test/, or laid out like Speech Commands."""
 import os
-from collections import Counter
 from pathlib import Path
 from sys import intern
 
@@ -8,7 +7,7 @@ from util import plural
 
 from .audio import AUDIO_SUFFIXES
 from .build import build_manifest
-from .files import find_audio, suffix
+from .files import IgnoredFiles, count_suffixes, find_audio, suffix
 from .manifest import SPLITS, DataError, Manifest
 
 # Names of splits in folders and tables -> index into SPLITS.
@@ -43,9 +42,7 @@ def load_folder(folder: Path) -> Manifest:
     if len(used) < len(tops):
         empty = [top for top in tops if top not in used]
         notes.append(f"folders without audio: {', '.join(empty)}")
-    if ignored:
-        notes.append(f"left out: {plural(sum(ignored.values()), 'file')} without an audio suffix "
-                     f"({_count_suffixes(ignored)})")
+    notes += ignored.describe(paths)
     notes += [f"{name} is not read; give it as --data to use it"
               for name in names if suffix(name) == ".csv"]
     labels = [intern(path.split("/", 2)[class_level]) for path in paths]  # a string per class
@@ -54,7 +51,7 @@ def load_folder(folder: Path) -> Manifest:
 
 def _list_folder(folder):
     """-> (all names, folders, audio files beside them, audio paths in them, other suffixes)."""
-    ignored = Counter()
+    ignored = IgnoredFiles()
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
         is_folder = {name: os.path.isdir(folder / name) for name in names}
@@ -103,14 +100,9 @@ def _refuse_without_clips(folder, paths, loose, ignored):
             f"folder per class, such as {folder}/dog/a.wav, or give a CSV with the columns "
             "path,label")
     raise DataError(
-        f"--data {folder} contains no audio (other files: {_count_suffixes(ignored) or 'none'}); "
+        f"--data {folder} contains no audio (other files: {count_suffixes(ignored) or 'none'}); "
         "give a folder with one folder per class and files in "
         f"{' '.join(sorted(AUDIO_SUFFIXES))}")
-
-
-def _count_suffixes(counts):
-    """"1 without suffix, 2 .jpg"."""
-    return ", ".join(f"{n} {kind or 'without suffix'}" for kind, n in sorted(counts.items()))
 
 
 def _read_words(path):

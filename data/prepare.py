@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from .demo import write_demo
-from .files import find_audio
+from .files import find_audio, find_outage
 from .load import load_manifest
 from .manifest import SPLITS, DataError, Manifest
 from .named import find_data
-from .scan import scan, summary
+from .scan import refuse_truncated, scan, summary
 from .splits import assign_splits, audit, drop_rare
 
 DEMO = Path(__file__).parents[1] / "demo_data"
+MAX_NOTES = 100  # on truncated clips
 MAX_CLIPS_TO_DECODE = 5000  # with more clips, only headers are read before training
 
 
@@ -27,13 +28,15 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
             fold: int | None = None, min_clips: int = 1, max_bad_share: float = 0.05,
             scan_mode: str = "auto", seed: int = 0, cache_dir: str | os.PathLike | None = None,
             log: Callable[[str], None] = print,
-            multi_label: bool = False) -> tuple[Manifest, list[tuple[str, str]]]:
+            multi_label: bool = False, truncated: str = "use"
+            ) -> tuple[Manifest, list[tuple[str, str]]]:
     """Find, scan, clean and split the recordings.
 
     data: "demo", class folders, a CSV, a known layout or the name of a data set.
     scan_mode: "full" decodes every file once, "headers" does not, "auto" does up to 5,000 clips.
     cache_dir: see `cache_folder`; for the scan's index and for data sets.
     multi_label: whether the loss can learn clips with several labels.
+    truncated: "use" what truncated recordings have, or "refuse" them.
 
     -> (manifest of the readable clips, (path, reason) of each other one). Raises DataError.
     """
@@ -49,8 +52,18 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
     decode_all = len(manifest) <= MAX_CLIPS_TO_DECODE
     full = scan_mode == "full" or (scan_mode == "auto" and decode_all)
     result = scan(manifest, cache / "scan", full)
+    failed = {manifest.paths[row]: reason for row, reason in result.reasons.items()}
+    outage = find_outage(manifest.root, failed, manifest.paths, were_there=False)
+    if outage:
+        raise DataError(f"--data {data}: the data are not there: {outage}; bring them back, then "
+                        "give the same command again")
+    if truncated == "refuse":
+        refuse_truncated(result)
     log(f"data: {manifest.root}")
     _log_indented(log, manifest.notes + summary(result, manifest))
+    # Into run.json: which clips are shorter than they claim, and why.
+    manifest.notes += [f"{manifest.paths[row]}: {reason}"
+                       for row, reason in list(result.truncated.items())[:MAX_NOTES]]
     bad = [(manifest.paths[row], reason) for row, reason in sorted(result.reasons.items())]
     if len(bad) > max_bad_share * len(manifest):
         path, reason = bad[0]

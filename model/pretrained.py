@@ -4,10 +4,16 @@ Sources: the AudioSet weights by name (pinned revision and SHA-256), timm's dist
 or a file: the AST authors' `.pth`, the Hugging Face hub's safetensors (or a folder with them, as
 `export.py --to hf` writes it), or a checkpoint of this program. `to_hub` converts the other way.
 """
+import contextlib
 import hashlib
 import json
+import os
 import pickle
 import re
+import socket
+import threading
+import urllib.parse
+import urllib.request
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -185,6 +191,54 @@ def _fit(key, tensors, own, config, report):
     return value
 
 
+# --- find the source ---
+
+def check_available(path_or_name: str, fallback: str) -> None:
+    """Raise WeightsError at once if the weights cannot be had: a missing file, or no network.
+
+    Call it before anything that takes long. The hub's own client would try for half a minute.
+    fallback: a command that works without the weights, for the message.
+    """
+    if path_or_name == "audioset":
+        from huggingface_hub import constants, try_to_load_from_cache
+        cached = try_to_load_from_cache(AUDIOSET["repo_id"], AUDIOSET["filename"],
+                                        revision=AUDIOSET["revision"])
+        is_cached = isinstance(cached, str)
+        if not is_cached and (constants.HF_HUB_OFFLINE or not _is_reachable(constants.ENDPOINT)):
+            raise WeightsError(
+                f"--weights audioset: {constants.ENDPOINT} cannot be reached; download {_url()} "
+                "with any machine and give its path to --weights, or start without pretrained "
+                f"weights:  {fallback}")
+    elif path_or_name not in ("imagenet", "none") and not os.path.exists(path_or_name):
+        raise WeightsError(f"--weights {path_or_name}: no such file; give {', '.join(NAMES)}, "
+                           "none, or the path of a .pth, .safetensors or .pt file")
+
+
+def _is_reachable(endpoint, seconds=4):
+    """Whether a connection to a server opens; True if a proxy decides that."""
+    if urllib.request.getproxies():
+        return True
+    url = urllib.parse.urlsplit(endpoint)
+    port = url.port or (443 if url.scheme == "https" else 80)
+    is_open = []
+
+    def connect():
+        with contextlib.suppress(OSError):
+            socket.create_connection((url.hostname, port), timeout=seconds).close()
+            is_open.append(True)
+
+    # In a thread, because looking up a name has no time limit of its own.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(is_open)
+
+
+def _url():
+    return (f"https://huggingface.co/{AUDIOSET['repo_id']}/resolve/{AUDIOSET['revision']}/"
+            f"{AUDIOSET['filename']}")
+
+
 # --- read the source ---
 
 def _read(config, name, own_reader):
@@ -265,9 +319,8 @@ def _audioset_file():
     try:
         path = Path(hf_hub_download(repo, filename, revision=revision))
     except Exception as error:  # offline, refused, proxy, disk full: the fix is the same
-        url = f"https://huggingface.co/{repo}/resolve/{revision}/{filename}"
         raise WeightsError(f"--weights audioset: the file cannot be fetched "
-                           f"({type(error).__name__}); download {url} with any machine and give "
+                           f"({type(error).__name__}); download {_url()} with any machine and give "
                            "its path to --weights, or start from --weights none") from None
     if path.stat().st_size != AUDIOSET["size"] or sha256_of(path) != AUDIOSET["sha256"]:
         raise WeightsError(f"--weights audioset: {path} is not the published file (sha256 "

@@ -9,6 +9,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,8 +20,12 @@ import numpy as np
 from report.tracks import label_track, labelled, selection_table, window_lines, window_rows
 from util import atomic_write
 
-# of the files that each recording has of its own
+# Formats with a file for each recording, and how its name ends.
 SUFFIXES = {"raven": ".Table.1.selections.txt", "audacity": ".txt", "embeddings": ".npz"}
+
+# Names of the temporary files that util.atomic_write leaves behind if the process is killed.
+LEFTOVER = re.compile(r"\.(settings\.json|(files|classes|windows|bad_files)\.csv|windows\.jsonl|"
+                      r"[0-9a-f]{32}\.(jsonl|npz))\.[a-z0-9_]{8}")
 
 Labels = list[list]  # [class index, calibrated score], best first
 
@@ -52,7 +57,8 @@ class RecordingWriter:
     def finish(self, reason: str | None, rate: int) -> None:
         """Write the part: all windows were added, or there will be no more for this reason."""
         path = part_path(self.folder, self.recording)
-        head = {"size": self.recording.size, "mtime_ns": self.recording.mtime_ns, "reason": reason}
+        head = {"size": self.recording.size, "mtime_ns": self.recording.mtime_ns, "reason": reason,
+                "truncated": self.recording.truncated}
         if reason is None:
             # The calibration was fitted on means over a clip, so it is applied to the mean.
             mean = self.sum_of_probabilities / self.n_windows
@@ -111,7 +117,8 @@ def sort_by_outcome(out: Path, recordings: Sequence) -> tuple[list, list[tuple[s
     for recording in recordings:
         if recording.reason is None:
             with open(part_path(out / "parts", recording), "rb") as file:
-                recording.reason = json.loads(file.readline())["reason"]
+                head = json.loads(file.readline())
+            recording.reason, recording.truncated = head["reason"], head.get("truncated")
         if recording.reason is None:
             good.append(recording)
             continue
@@ -214,9 +221,15 @@ class _ClassSummary:
                 for i, (n, highest, place) in ordered]
 
 
+def foreign_files(out: Path) -> list[str]:
+    """Names in a folder without settings.json that predict.py does not write before them."""
+    return sorted(name for name in os.listdir(out)
+                  if name not in (".lock", "parts") and not LEFTOVER.fullmatch(name))
+
+
 def remove_leftovers(out: Path) -> None:
     """Remove temporary files of a process that was killed; the folder must be locked."""
     for folder in (out, out / "parts"):
         for name in os.listdir(folder):
-            if name.startswith(".") and name != ".lock":
+            if LEFTOVER.fullmatch(name):
                 (folder / name).unlink(missing_ok=True)

@@ -15,7 +15,9 @@ import torch
 from tqdm import tqdm
 
 from core.device.distributed import Distributed
+from core.device.host_copy import HostCopy
 from core.divergence import TrainingError
+from data.files import find_outage
 from data.manifest import DataError, Manifest
 from data.scan import write_bad_files
 from data.splits import write_split
@@ -43,18 +45,36 @@ class StepNumbers(NamedTuple):
     grad_norm: float
     applied: float  # 1, or 0 for a step that was skipped because it was not finite
     scale: float  # of the fp16 loss
+    lr_backbone: float  # that the step used
+    lr_head: float
 
 
 @dataclass
 class StepResult:
-    """A step's numbers, which need not have been computed yet on a GPU."""
-    numbers: torch.Tensor  # (5,), see StepNumbers
+    """A step's numbers, which need not have been computed yet on a GPU.
+
+    Make it right after the step. Their copy to the host is queued then, so that a later read waits
+    for this step and not for the next one.
+    """
+    numbers: torch.Tensor  # (5,), the first of StepNumbers
     losses: list[tuple[np.ndarray, torch.Tensor]]  # rows and loss of each clip on this rank
     n_clips: int  # over all ranks
-    lrs: dict  # name -> the LR that the step used, a number or a tensor
+    lrs: dict  # "lr_backbone", "lr_head" -> the LR that the step used, a number or a tensor
+
+    def __post_init__(self):
+        self._copied_lrs = [name for name, lr in self.lrs.items() if isinstance(lr, torch.Tensor)]
+        copied = self.numbers
+        if self._copied_lrs:
+            lrs = torch.stack([self.lrs[name] for name in self._copied_lrs])
+            copied = torch.cat([self.numbers, lrs])  # one copy for all
+        self._copy = HostCopy(copied)
 
     def read(self) -> StepNumbers:
-        return StepNumbers(*self.numbers.tolist())  # waits for the GPU
+        """Wait for the GPU to finish this step, if it has not yet."""
+        values = self._copy.read().tolist()
+        n = len(self.numbers)
+        lrs = self.lrs | dict(zip(self._copied_lrs, values[n:]))
+        return StepNumbers(*values[:n], **lrs)
 
 
 class Run:
@@ -165,21 +185,21 @@ class Run:
 
     def _read_step(self, result):
         numbers, progress = result.read(), self.progress
-        lrs = {name: float(lr) for name, lr in result.lrs.items()}
         progress.count_step(numbers.loss_sum, int(numbers.n_correct), result.n_clips,
                             applied=numbers.applied == 1)
         progress.seconds = time.perf_counter() - self._epoch_started
         if self.log:
             self.log.step(step=progress.step, epoch=progress.epoch + 1,
                           loss=numbers.loss_sum / result.n_clips, grad_norm=numbers.grad_norm,
-                          clips=result.n_clips, scale=numbers.scale, **lrs)
+                          clips=result.n_clips, scale=numbers.scale,
+                          lr_backbone=numbers.lr_backbone, lr_head=numbers.lr_head)
         if numbers.applied != 1:
             names = ", ".join(self._suspected_clips(result.losses))
             self.event("skipped", f"loss or gradients are not finite; clips: {names}")
         if self._bar is not None:
             self._bar.set_postfix_str(
                 f"loss {progress.loss:.3f}, acc {progress.accuracy:.1%}, "
-                f"LR {lrs['lr_backbone']:.1e} {lrs['lr_head']:.1e}, "
+                f"LR {numbers.lr_backbone:.1e} {numbers.lr_head:.1e}, "
                 f"{progress.clips_per_second:.1f} clips/s", refresh=False)
         if progress.skips_in_row >= self.max_skips:
             raise TrainingError(
@@ -221,6 +241,14 @@ class Run:
         known = {path for path, _ in self.bad_files}
         reasons = {self.manifest.paths[row]: reason
                    for pairs in self.distributed.all_gather(broken) for row, reason in pairs}
+        new = {path: reason for path, reason in reasons.items() if path not in known}
+        outage = self.distributed.on_first_rank(
+            lambda: find_outage(self.manifest.root, new, self.manifest.paths))
+        if outage:
+            self.save(learner)
+            raise DataError(
+                f"the data are not there: {outage}; nothing is marked as unreadable; bring them "
+                f"back, then continue with --resume --run-dir {self.folder}")
         for path, reason in reasons.items():
             if path not in known:
                 self.bad_files.append((path, reason))

@@ -58,15 +58,35 @@ def window_scores(model: AST, frontend: nn.Module, wave: torch.Tensor, precision
     wave (B, samples) -> logits (B, classes) and features (B, dim) on the device, and scores
     (B, classes) in float64 on the CPU: sigmoids if multi_label, else a softmax.
     """
+    logits, scores, features = _scores_on_device(model, frontend, wave, precision, multi_label)
+    return logits, scores.cpu().numpy(), features
+
+
+def _scores_on_device(model, frontend, wave, precision, multi_label):
+    """As window_scores, but nothing is copied to the host: scores (B, classes) float64."""
     wave = wave.to(precision.device, non_blocking=True)
     with precision.autocast():
         features = model.features(frontend(wave))
         logits = model.head(features)
     if multi_label:
-        scores = logits.float().cpu().double().sigmoid()
+        scores = logits.double().sigmoid()
     else:
-        scores = logits.float().softmax(dim=1).cpu().double()
-    return logits, scores.numpy(), features
+        scores = logits.float().softmax(dim=1).double()
+    return logits, scores, features
+
+
+def _score_batch(scorer, batch, multi_label):
+    """Of each tile of a batch: scores (B, classes), loss (B,), is it classified correctly (B,).
+
+    All are float64 on the host, and come from the device in one copy.
+    """
+    logits, scores, _ = _scores_on_device(scorer.model, scorer.frontend, batch.wave,
+                                          scorer.precision, multi_label)
+    target = batch.target.to(logits.device, non_blocking=True)
+    loss, correct = scorer.loss_fn(logits, target), is_correct(logits, target)
+    columns = torch.cat([scores, loss[:, None].double(), correct[:, None].double()], dim=1)
+    columns = columns.cpu().numpy()
+    return columns[:, :-2], columns[:, -2], columns[:, -1]
 
 
 @torch.inference_mode()
@@ -97,14 +117,12 @@ def evaluate(scorer: Scorer, batches: Iterable[Batch], manifest: Manifest, rows:
             broken.update(batch.broken)
             if len(batch.rows) == 0:
                 continue
-            logits, tile_scores, _ = window_scores(model, scorer.frontend, batch.wave,
-                                                   precision, manifest.multi_label)
-            loss = scorer.loss_fn(logits, batch.target.to(precision.device, non_blocking=True))
+            tile_scores, loss, correct = _score_batch(scorer, batch, manifest.multi_label)
             indices = [index_of[row] for row in batch.rows.tolist()]
             np.add.at(scores, indices, tile_scores)
-            np.add.at(losses, indices, loss.cpu().double().numpy())
+            np.add.at(losses, indices, loss)
             np.add.at(n_tiles, indices, 1)
-            np.add.at(correct_tiles, indices, is_correct(logits.cpu(), batch.target).numpy())
+            np.add.at(correct_tiles, indices, correct.astype(np.int64))
     readable = np.array([int(row) not in broken for row in rows], dtype=bool) & (n_tiles > 0)
     rows, n_tiles, correct_tiles = rows[readable], n_tiles[readable], correct_tiles[readable]
     scores = scores[readable] / n_tiles[:, None]
