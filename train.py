@@ -390,9 +390,8 @@ def run_folds(args, given) -> int:
     if manifest.fold is None:
         raise DataError(f"--data {args.data}: has no folds; give a CSV with a column fold, or "
                         "leave --folds out")
-    folder = Path(args.run_dir or default_folder(f"{Path(args.data).stem}-folds"))
-    if not args.run_dir:
-        folder = reserve_folder(folder)
+    name = default_folder(f"{Path(args.data).stem}-folds")
+    folder = Path(args.run_dir) if args.run_dir else reserve_folder(Path(name))
     again = shlex.join(["python", "train.py",
                         *flags.as_command_line(given | {"run_dir": str(folder)})])
 

@@ -7,7 +7,7 @@ from core.device.distributed import Distributed, DistributedError, LaunchError
 from core.device.memory import ClipTooLargeError, is_out_of_memory
 from core.divergence import TrainingError
 from core.run.signals import Interrupted
-from data.clips import WorkerError
+from data.workers import WorkerError
 from util import InputError, is_disk_error, printable
 
 OK, LOST_PROCESS, INVALID_INPUT, TRAINING_FAILED, CTRL_C = 0, 1, 2, 3, 130

@@ -8,8 +8,6 @@ row is clip_id % n.
 The crop of a clip depends on (seed, epoch, clip id) only, and the order of an epoch on
 (seed, epoch) only. So neither the number of workers nor an interruption changes a run.
 """
-import signal
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -17,15 +15,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from .audio import AudioError, fit, read, tile_starts
 from .cache import MAX_SECONDS, InMemoryClips, WaveCache
 from .clip_rng import Purpose, uniform
 from .manifest import Manifest
 from .sampling import SAMPLERS, epoch_order, epoch_steps
-
-HANGS_SECONDS = 900  # a worker that gives no batch for so long is given up
+from .workers import HANGS_SECONDS, Loader, ignore_signals
 
 
 class CropKey(NamedTuple):
@@ -294,45 +291,6 @@ def _unchanged(batch):
     return batch
 
 
-def _ignore_signals(worker_id):
-    """In a worker process: leave signals to the main process, which saves and ends the workers.
-
-    A terminal sends Ctrl-C to all processes of the program. Workers that died of it would end the
-    main process with an error before it could save.
-    """
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)
-
-
-class WorkerError(RuntimeError):
-    """A worker process has died or hangs."""
-
-
-class _Loader(DataLoader):
-    """A DataLoader that says so with a WorkerError if a worker dies, between two batches."""
-
-    def __iter__(self):
-        batches = super().__iter__()
-        if self.num_workers and threading.current_thread() is threading.main_thread():
-            # PyTorch's handler would raise in the middle of a step. Without it the loader finds
-            # out within seconds, when it is asked for the next batch.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-                reason = " ".join(str(error).split())[:120] or type(error).__name__
-                is_own = not isinstance(error, RuntimeError) or "DataLoader" in reason
-                if not self.num_workers or not is_own or reason.startswith("Caught "):
-                    raise  # "Caught": raised by the code in the worker
-                raise WorkerError(
-                    f"a process that decodes audio has ended ({reason}), perhaps because memory "
-                    "or shared memory ran out; use fewer --workers") from None
-            yield batch
-
-
 class TrainLoader:
     """The micro-batches of training, by epoch and optimizer step."""
 
@@ -354,7 +312,7 @@ class TrainLoader:
         self.batch_size = batch_size
         self.effective_batch = effective_batch
         self._keys = []  # of all micro-batches to load; replaced for each epoch, the workers stay
-        self._loader = _Loader(
+        self._loader = Loader(
             clips,
             batch_sampler=_ListSampler(self._keys),
             collate_fn=_unchanged,
@@ -362,7 +320,7 @@ class TrainLoader:
             pin_memory=pin,
             persistent_workers=workers > 0,
             timeout=HANGS_SECONDS if workers else 0,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=ignore_signals,
         )
 
     @property
@@ -419,12 +377,12 @@ def evaluation_batches(
     batches = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
     if clips.in_memory is not None:
         return map(clips.batch, batches)
-    return _Loader(
+    return Loader(
         clips,
         batch_sampler=batches,
         collate_fn=_unchanged,
         num_workers=workers,
         pin_memory=pin,
         timeout=HANGS_SECONDS if workers else 0,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=ignore_signals,
     )

@@ -17,11 +17,11 @@ from tqdm import tqdm
 from core.device.distributed import Distributed
 from core.device.host_copy import HostCopy
 from core.divergence import TrainingError
-from data.clips import WorkerError
 from data.files import find_outage
 from data.manifest import DataError, Manifest
 from data.scan import write_bad_files
 from data.splits import write_split
+from data.workers import WorkerError
 from util import is_disk_error, write_json
 
 from .checkpoint import (

@@ -292,6 +292,7 @@ def nested(depth, width=1):
 
 @pytest.mark.parametrize("part, value", [
     ("bad_files", nested(9, 10)),  # 10^9 items in a few bytes
+    ("manifest", {"labels": nested(8, 10)}),
     ("bad_files", nested(400)),
     ("classes", ["x"] * 10**6),
     ("classes", ["x" * 10**7]),
@@ -302,7 +303,7 @@ def nested(depth, width=1):
 ])
 def test_bomb_is_one_line_and_takes_no_memory(part, value, ways_in, altered):
     def swell(state):
-        state[part] = {**state[part], **value} if part == "flags" else value
+        state[part] = {**state[part], **value} if isinstance(value, dict) else value
     started = time.monotonic()
     check_refused(ways_in, altered(swell), programs=["resume"])
     assert time.monotonic() - started < 20

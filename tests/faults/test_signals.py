@@ -80,7 +80,7 @@ def test_control_workers_that_obey_signals_end_the_run_with_an_error(tones, tmp_
     def prepare(patch):
         def die(worker_id):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        patch.setattr(clips_module, "_ignore_signals", die)
+        patch.setattr(clips_module, "ignore_signals", die)
         real_step, n_done = train.train_step, 0
 
         def train_step(*args):
