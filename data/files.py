@@ -4,6 +4,10 @@ from collections import Counter
 
 from .audio import AUDIO_SUFFIXES
 
+# Of a Synology, macOS and Windows; they contain thumbnails and the like under audio names.
+SYSTEM_FOLDERS = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "lost+found",
+                  "System Volume Information"}
+
 
 def suffix(name: str) -> str:
     """Lower-case suffix with its dot, or ""."""
@@ -29,7 +33,7 @@ def find_audio(root: str | os.PathLike, folder: str, ignored: Counter) -> list[s
         with os.scandir(full_path) as entries:
             for entry in entries:
                 path = f"{folder}/{entry.name}"
-                if entry.name.startswith("."):
+                if entry.name.startswith(".") or entry.name in SYSTEM_FOLDERS:
                     continue
                 if suffix(entry.name) in AUDIO_SUFFIXES:
                     paths.append(path)

@@ -51,6 +51,7 @@ class Manifest:
     duration: np.ndarray | None = None  # (n,) float32 seconds of the clip, set after a scan
     label_set: np.ndarray | None = None  # (n,) int32 index into label_sets; None: single label
     label_sets: list[LabelSet] = field(default_factory=list)  # distinct sets
+    sources: dict[str, str] = field(default_factory=dict)  # {"label": "column species"} and so on
 
     def __len__(self) -> int:
         return len(self.paths)
