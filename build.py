@@ -1,6 +1,7 @@
 """From flags to what a training run needs: recordings, model, clips, batch size."""
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -8,12 +9,14 @@ import flags
 from core.device.compiled import compile_for
 from core.device.memory import largest_batch
 from core.learner import Learner
+from core.run import CheckpointError
 from core.run.checkpoint import as_checkpoint_error, load_checkpoint
 from core.scoring import restore
 from data.cache import WaveCache, choose_cache
 from data.clips import Batch, Clips
 from data.manifest import Manifest
 from data.named import credit
+from data.old_split import OldRun
 from data.prepare import cache_folder, noise_recordings, prepare
 from losses import SIGMOID_LOSSES
 from model.ast import AST
@@ -26,7 +29,8 @@ def load_data(args, checkpoint, distributed) -> tuple[Manifest, list[tuple[str, 
     if checkpoint is None:
         manifest, bad_files = distributed.on_first_rank(lambda: prepare(
             args.data, args.audio_dir, args.fold, args.min_clips, args.max_bad_share, args.scan,
-            args.seed, args.cache_dir, multi_label=args.loss in SIGMOID_LOSSES))
+            args.seed, args.cache_dir, multi_label=args.loss in SIGMOID_LOSSES,
+            n_folds=args.folds, old=old_run(args)))
     else:
         with as_checkpoint_error(checkpoint.path):
             manifest = Manifest.from_dict(checkpoint["manifest"])
@@ -38,6 +42,26 @@ def load_data(args, checkpoint, distributed) -> tuple[Manifest, list[tuple[str, 
     counts = ", ".join(f"{len(manifest.rows(split))} {split}" for split in ("train", "val", "test"))
     print(f"  {len(manifest.classes)} classes; {counts}")
     return manifest, bad_files
+
+
+def old_run(args) -> OldRun | None:
+    """The run whose split is extended: of --split-from, else of --weights; None for neither."""
+    if args.split_from:
+        path = Path(args.split_from)
+        path = path / "last.pt" if path.is_dir() else path
+        flag = f"--split-from {args.split_from}"
+    elif Path(args.weights).suffix == ".pt":
+        path, flag = Path(args.weights), f"--weights {args.weights}"
+    else:
+        return None
+    try:
+        checkpoint = load_checkpoint(path)
+    except CheckpointError:
+        if args.split_from:
+            raise
+        return None  # weights of another program, or a problem that is reported later
+    with as_checkpoint_error(path):
+        return OldRun(flag, Manifest.from_dict(checkpoint["manifest"]), bool(args.split_from))
 
 
 def build_model(args, manifest, checkpoint, device, distributed):

@@ -253,7 +253,7 @@ def roll_back(run, learner):
 def main(argv: list[str] | None = None) -> int:
     """Train, validate and test one run -> exit code. Errors are raised; see core/exits.py."""
     args, given = flags.parse(argv)
-    if args.folds:
+    if args.folds and args.fold is None:
         return run_folds(args, given)
     stop, distributed = StopRequest(), Distributed()
     device = pick_device(args.device, distributed.local_rank)
@@ -353,19 +353,24 @@ def test(args, run: Run, learner: Learner, loader: TrainLoader) -> None:
 
 
 def run_folds(args, given) -> int:
-    """--folds all: a run for each fold, each in a folder of its own."""
-    manifest = load_manifest(find_data(args.data, cache_folder(args.cache_dir)), args.audio_dir)
-    if manifest.fold is None:
-        raise DataError(f"--data {args.data}: has no folds; give a CSV with a column fold, or "
-                        "leave --folds out")
+    """--folds all or N: a run for each fold, each in a folder of its own."""
+    if args.folds == "all":
+        data = find_data(args.data, cache_folder(args.cache_dir))
+        manifest = load_manifest(data, args.audio_dir)
+        if manifest.fold is None:
+            raise DataError(f"--data {args.data}: has no folds; give a number, such as --folds 5")
+        folds, n_folds = sorted(set(manifest.fold.tolist())), None
+    else:  # each run makes the same ones
+        n_folds = args.folds
+        folds = range(1, n_folds + 1)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(args.run_dir or f"runs/{stamp}-{Path(args.data).stem}-folds")
 
     def run_fold(fold, fold_folder):
-        own = {"folds": None, "fold": fold, "run_dir": fold_folder, "resume": "auto"}
+        own = {"folds": n_folds, "fold": fold, "run_dir": fold_folder, "resume": "auto"}
         return main(flags.as_command_line(given | own))
 
-    return cross_validate(sorted(set(manifest.fold.tolist())), folder, run_fold)
+    return cross_validate(folds, folder, run_fold)
 
 
 if __name__ == "__main__":

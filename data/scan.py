@@ -37,6 +37,7 @@ class Scan:
     n_files: int
     n_opened: int  # files; the others were in the index
     notes: list[str]  # problems that did not stop the scan
+    file_seconds: np.ndarray | None = None  # (n,) float32 length of each clip's file; 0 if bad
 
 
 def scan(manifest: Manifest, index: str | os.PathLike | None, full: bool) -> Scan:
@@ -77,7 +78,8 @@ def scan(manifest: Manifest, index: str | os.PathLike | None, full: bool) -> Sca
         channels=records["channels"][file_of].astype(np.int16), ok=ok, reasons=reasons,
         duplicates=_rows_of_files(duplicate_files, file_of), full=full,
         seconds=time.perf_counter() - began, n_files=len(records),
-        n_opened=int(files.opened.sum()), notes=notes)
+        n_opened=int(files.opened.sum()), notes=notes,
+        file_seconds=np.where(records["ok"][file_of], file_seconds, 0))
 
 
 def summary(scan: Scan, manifest: Manifest) -> list[str]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from util import atomic_write, plural, printable, summarize
 
+from .folds import NO_FOLD
 from .grouping import indices_by_value
 from .manifest import SPLITS, DataError, Manifest
 from .stratify import TEST, TRAIN, VAL, split_train
@@ -73,7 +74,7 @@ def _split_by_fold(manifest, fold):
     if manifest.fold is None:
         raise DataError(f"--fold {fold}: the data has no folds; leave --fold out, or give a CSV "
                         "with a column fold")
-    folds = np.unique(manifest.fold).tolist()
+    folds = np.unique(manifest.fold[manifest.fold != NO_FOLD]).tolist()
     if fold not in folds:
         raise DataError(f"--fold {fold}: no such fold; give one of {', '.join(map(str, folds))}")
     if len(folds) == 1:
