@@ -38,7 +38,8 @@ def build_manifest(name: str, root: str | os.PathLike, paths: list[str], labels:
     if label_names:
         label_names = [label_names[i] for i in order]
 
-    classes, class_of, class_notes = _number_classes(labels, label_names or (), known_classes)
+    classes, class_of, class_notes = _number_classes(
+        labels, label_names or (), known_classes, root)
     notes = notes + class_notes
     if len(classes) < 2:
         problem = (f"--data {root}: only one class ({classes[0]}); give two or more, each a folder "
@@ -80,7 +81,7 @@ def _sorted_order(paths, start, end):
     return order
 
 
-def _number_classes(labels, label_names, known_classes):
+def _number_classes(labels, label_names, known_classes, root):
     """-> (sorted class names, {name in the data: class}, notes).
 
     Names can be printed and written anywhere; see `unify_names`. Secondary labels that are no class
@@ -88,7 +89,7 @@ def _number_classes(labels, label_names, known_classes):
     """
     own = set(labels).union(*(present for present, _ in label_names))
     secondary = set().union(*(unknown for _, unknown in label_names))
-    spelled, notes = unify_names(own | secondary, known_classes)
+    spelled, notes = unify_names(own | secondary, known_classes, root)
     classes = {spelled[name] for name in own}
     secondary = {spelled[name] for name in secondary}
     ignored = secondary - classes - set(known_classes)

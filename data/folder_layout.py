@@ -52,6 +52,7 @@ def find_layout(folder: Path, paths: list[str], has_splits: bool = False) -> Lay
         _read_inner_groups(layout)
         return layout
     _refuse_same_subfolders(folder, tops, subfolders)
+    _refuse_classes_below_groups(folder, subfolders, paths)
     _read_inner_groups(layout)
     return layout
 
@@ -125,6 +126,23 @@ def _refuse_same_subfolders(folder, tops, subfolders):
     raise DataError(f"--data {folder}: the folders {summarize(tops)} contain the same folders, "
                     f"{summarize(sorted(shared))}, so it is not clear which are the classes; put "
                     f"one folder per class into --data, {GIVE_TABLE},group")
+
+
+def _refuse_classes_below_groups(folder, subfolders, paths):
+    """fan/id_00/normal, fan/id_00/abnormal, pump/id_02/normal: the classes may be the last."""
+    inner = set().union(*subfolders.values())
+    if "" in inner or not all(is_group(name) for name in inner):
+        return
+    below = defaultdict(set)  # folder of the third level -> top folders that have it
+    for path in paths:
+        if path.count("/") > 2:
+            top, _, name, _ = path.split("/", 3)
+            below[name].add(top)
+    shared = [name for name in sorted(below) if len(below[name]) == len(subfolders)]
+    if len(shared) > 1 and not all(is_group(name) or is_copy(name) for name in shared):
+        raise DataError(f"--data {folder}: classes may be {summarize(sorted(subfolders))}, or "
+                        f"{summarize(shared)} in the folders {summarize(sorted(inner))}; put one "
+                        f"folder per class into --data, {GIVE_TABLE},group")
 
 
 # ---- folders below the classes

@@ -30,7 +30,9 @@ def assign_folds(manifest: Manifest, duplicates: Sequence[Sequence[int]], n_fold
     fold = fold.astype(np.int16) + 1
     rare = _leave_out_rare(manifest, fold, unit, min_folds=min(3, n_folds))
     manifest.fold = fold
-    manifest.split[:] = -1
+    manifest.split = np.full(len(manifest), -1, np.int8)
+    sources = {role: source for role, source in manifest.sources.items() if role != "split"}
+    manifest.sources = sources | {"fold": f"{n_folds} new ones, by group"}
     if rare:
         lines.append(f"in train in every fold, since their clips are in too few groups: "
                      f"{summarize(rare)}")

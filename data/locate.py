@@ -12,7 +12,7 @@ from util import summarize
 from .audio import AUDIO_SUFFIXES
 from .csv_table import Table, as_text
 from .files import find_audio, suffix
-from .manifest import DataError
+from .manifest import DataError, native_path
 
 # Folders beside a table that may contain its audio; BirdCLEF uses train_audio (since 2022) and
 # train_short_audio (2021).
@@ -60,6 +60,7 @@ def locate_files(table: Table, audio_dir: str | os.PathLike | None, texts: list[
     name; with `audio_dir` it may be anywhere below that folder. If most files are found, missing
     ones are left to the scan. Raises DataError if a path is outside the root or most are missing.
     """
+    texts = [native_path(text) for text in texts]
     layouts = _layouts(table, audio_dir, len(texts), labels, folds, folders)
     probes = range(0, len(texts), max(1, len(texts) // N_PROBES))
     search = _Search(None)
@@ -113,11 +114,11 @@ def _layouts(table, audio_dir, n, labels, folds, folders):
             raise DataError(f"--audio-dir {audio_dir}: no such folder; give the one that contains "
                             "the CSV's files")
         bases = [(root, root), (root, table_folder)]
-    folder_columns = [[""] * n, labels]
+    folder_columns = [[""] * n, [native_path(label) for label in labels]]
     if folds:
         folder_columns.append([f"fold{fold}" for fold in folds])
     if folders:
-        folder_columns.append([_with_slashes(folder).strip("/") for folder in folders])
+        folder_columns.append([native_path(_with_slashes(folder).strip("/")) for folder in folders])
     return [_Layout(root, base, column) for root, base in bases for column in folder_columns]
 
 
@@ -137,7 +138,7 @@ class _Search:
         """The row's path relative to the layout's root, or None."""
         if layout.exists(row, text):
             return layout.path(row, text)
-        variants = dict.fromkeys([text, _with_slashes(text), as_text(text)])
+        variants = dict.fromkeys([text, _with_slashes(text), native_path(as_text(text))])
         for variant in variants:
             path = layout.path(row, variant)
             if path is None:

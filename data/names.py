@@ -25,11 +25,13 @@ def tidy(name: str) -> str:
     return printable(name)
 
 
-def unify_names(names: Iterable[str], known: Collection[str] = ()
+def unify_names(names: Iterable[str], known: Collection[str] = (), data: object = ""
                 ) -> tuple[dict[str, str], list[str]]:
     """One class name for each name that the data has -> ({name: class name}, notes).
 
     names: as the data has them. known: class names of a checkpoint; they win over other spellings.
+    data: the folder of the data, for messages.
+
     Names that differ in blanks or Unicode form are one class, and so are 0 and 0.0. Raises
     DataError for names that differ in case, underscores or leading zeros: they may be one or two.
     """
@@ -40,7 +42,7 @@ def unify_names(names: Iterable[str], known: Collection[str] = ()
     for name, text in of_name.items():
         text = integers.get(text, text)
         of_name[name] = spelled.get(text, text)
-    _refuse_similar(set(of_name.values()), known)
+    _refuse_similar(set(of_name.values()), known, data)
     merged = {}
     for name, text in of_name.items():
         merged.setdefault(text, []).append(name)
@@ -66,7 +68,7 @@ def _as_integers(names):
             if re.fullmatch(r"-?\d+\.0", name) and name[:-2] in names}
 
 
-def _refuse_similar(names, known):
+def _refuse_similar(names, known, data):
     """Raise DataError if two names differ only in case, underscores or leading zeros."""
     first = {}
     for name in sorted(names):
@@ -75,5 +77,6 @@ def _refuse_similar(names, known):
             key = float(name)
         other = first.setdefault(key, name)
         if other != name and not (other in known and name in known):
-            raise DataError(f"classes {other} and {name}: their names differ only in case, blanks "
-                            "or zeros; write both alike if they are one class, or rename one")
+            raise DataError(f"--data {data}: the names of the classes {other} and {name} differ "
+                            "only in case, blanks or zeros; write both alike if they are one "
+                            "class, or rename one")

@@ -47,8 +47,8 @@ def extend_split(manifest: Manifest, duplicates: Sequence[Sequence[int]], old: O
                                seed, fixed=split_of_unit[unit])
     manifest.sources["split"] = f"{old.flag}, with new clips added"
     n_gone = len(old.manifest) - n_old
-    return [f"{plural(n_old, 'clip')} in the split of {old.flag}, {len(manifest) - n_old} new; "
-            f"{n_gone} of its clips are gone or have another length"]
+    return [f"{old.flag}: {plural(n_old, 'clip')} keep their split, {len(manifest) - n_old} are "
+            f"new, {n_gone} of the run's are gone or have another length"]
 
 
 def _splits_of_units(manifest, split, unit, flag):

@@ -50,9 +50,13 @@ def source_lines(manifest: Manifest) -> list[str]:
     return [f"{role}: {sources[role]}" for role in ROLES if role in sources]
 
 
-def warning_lines(manifest: Manifest) -> list[str]:
-    """Warnings about the splits, groups that dominate a class, and uneven classes."""
-    lines = [*_uneven_splits(manifest), *_dominant_groups(manifest), *_uneven_classes(manifest)]
+def warning_lines(manifest: Manifest, by_fold: bool = False) -> list[str]:
+    """Warnings about the splits, groups that dominate a class, and uneven classes.
+
+    by_fold: the splits are folds, whose share follows from their number.
+    """
+    lines = [] if by_fold else _uneven_splits(manifest)
+    lines = [*lines, *_dominant_groups(manifest), *_uneven_classes(manifest)]
     return [f"WARNING: {line}" for line in lines]
 
 

@@ -86,7 +86,7 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
         lines += extend_split(manifest, duplicates, old, seed=seed)
     _log_indented(log, class_lines(manifest) + source_lines(manifest))
     lines += assign_splits(manifest, duplicates, seed=seed, fold=fold)
-    lines += warning_lines(manifest)
+    lines += warning_lines(manifest, by_fold=fold is not None)
     lines += _describe_missing_multi_label(manifest)
     lines += [f"LEAK: {line}" for line in audit(manifest, duplicates)]
     manifest.notes += lines
