@@ -115,11 +115,12 @@ def check_times(manifest: Manifest, file_seconds: np.ndarray, rate: np.ndarray, 
     row = np.flatnonzero(is_far)[0]
 
     def fits(factor):
-        return (last[known] * factor <= file_seconds[known] * 1.01 + 0.1).mean() > 0.95
+        share = last[known] * factor / file_seconds[known]
+        return (share < 1.05).mean() > 0.95 and share.max() > 0.2
 
     if fits(1e-3):
         fix = "they fit as milliseconds: call the columns start_ms and end_ms"
-    elif (last[known] / rate[known] <= file_seconds[known] * 1.01 + 0.1).mean() > 0.95:
+    elif fits(1 / rate[known]):
         fix = "they fit as samples: divide them by the sampling rate"
     else:
         fix = "times must be seconds into the file; fix them, or raise --max-bad-share"

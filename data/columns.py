@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from util import summarize
 
 from .clip_times import TimeColumn, time_columns
-from .csv_table import Table, column_name
+from .csv_table import Table
 from .files import suffix
 from .manifest import DataError
 from .names import MISSING
@@ -31,6 +31,7 @@ COLUMNS = {
              "machine_id deployment_id deployment author source",
     "folder": "folder folder_name directory dir subfolder subdir",
 }
+KNOWN_NAMES = {name.replace("_", ""): name for names in COLUMNS.values() for name in names.split()}
 # Labels that need no second thought, even if other columns could be labels, too.
 CERTAIN_LABELS = {"label", "labels", "primary_label", "positive_labels", "event_label",
                   "scene_label"}
@@ -62,7 +63,7 @@ def choose_columns(table: Table) -> tuple[Table, Columns]:
     Raises DataError if there is no path or label, or if it is not clear which column it is.
     """
     table, made_label = _join_genus_and_species(table)
-    names = table.names
+    names = _known_names(table)
     is_used = [any(row[i].strip() for row in table.rows) for i in range(len(names))]
     columns = Columns()
     for role, known_names in COLUMNS.items():
@@ -94,6 +95,11 @@ def choose_columns(table: Table) -> tuple[Table, Columns]:
     return table, columns
 
 
+def _known_names(table):
+    """Names of the columns as they are in COLUMNS, which may differ in an underscore."""
+    return [KNOWN_NAMES.get(name.replace("_", ""), name) for name in table.names]
+
+
 # ---- paths
 
 def _put_folders_last(table, candidates, columns):
@@ -116,7 +122,7 @@ def _join_genus_and_species(table):
 
     -> (the table, index of the new column or None).
     """
-    names = table.names
+    names = _known_names(table)
     genus = next((names.index(name) for name in GENUS if name in names), None)
     epithet = next((names.index(name) for name in EPITHET if name in names), None)
     if genus is None or epithet is None or CERTAIN_LABELS & set(names):
@@ -132,7 +138,7 @@ def _join_genus_and_species(table):
 
 def _sort_labels(table, candidates, made_label):
     """Sort the candidates for the label. Raises DataError if two differ and none is certain."""
-    names = table.names
+    names = _known_names(table)
     if len(RANKS & set(names)) > 1:
         is_rank = {i for i in candidates if names[i] == "class"}
         candidates = [i for i in candidates if i not in is_rank]
@@ -154,7 +160,7 @@ def _has_few_names(table, column):
 
 def _refuse_other_label(table, candidates):
     """Raise DataError if another column divides the clips in another way than the chosen one."""
-    names = table.names
+    names = _known_names(table)
     chosen, *others = candidates
     if names[chosen] in CERTAIN_LABELS:
         return
@@ -182,9 +188,10 @@ def _usable_groups(table, candidates, notes):
     A column called `group` is always used.
     """
     usable = []
+    names = _known_names(table)
     n = len(table.rows)
     for i in candidates:
-        name, header = column_name(table.header[i]), table.header[i]
+        name, header = names[i], table.header[i]
         values = Counter(row[i].strip() for row in table.rows)
         for empty in {"", *MISSING} & set(values):  # rows without a value are groups of their own
             if name not in UNCERTAIN_GROUPS:
