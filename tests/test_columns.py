@@ -118,8 +118,8 @@ def test_commas_within_names(tmp_path):
     manifest = load(tmp_path, f"file,label\n{rows}")
     assert manifest.classes == ["Dog, barking", "Speech", "Speech, male"]
     assert not manifest.multi_label
-    refuse(tmp_path, f"file,labels\n{rows}4.wav,\"Dog, barking\"\n", "'Dog, barking' may be one name",
-           "separate several with ;")
+    refuse(tmp_path, f"file,labels\n{rows}4.wav,\"Dog, barking\"\n",
+           "'Dog, barking' may be one name", "separate several with ;")
     manifest = load(tmp_path, 'file,labels\na.wav,"Speech, male;Dog"\nb.wav,Dog\n')
     assert manifest.classes == ["Dog", "Speech, male"]
     refuse(tmp_path, 'file,label\na.wav,"dog,cat"\nb.wav,dog\nc.wav,cat\nd.wav,"x, 1"\n'
@@ -158,8 +158,9 @@ def test_a_source_of_few_values_is_no_group(tmp_path):
 
 
 def test_the_speaker_comes_before_the_recording_and_missing_ones_are_alone(tmp_path):
-    rows = "".join(f"{i:02d}.wav,{'xy'[i % 2]},r{i},{('s%d' % (i // 3)) if i > 2 else 'nan'}\n"
-                   for i in range(12))
+    speakers = ["nan", "NA", "", *(f"s{i // 3}" for i in range(3, 12))]
+    rows = "".join(f"{i:02d}.wav,{'xy'[i % 2]},r{i},{speaker}\n"
+                   for i, speaker in enumerate(speakers))
     manifest = load(tmp_path, f"path,label,recording_id,speaker_id\n{rows}")
     assert manifest.group_source == "column speaker_id"
     assert sorted(len(group) for group in groups_of(manifest)) == [1, 1, 1, 3, 3, 3]
