@@ -109,12 +109,12 @@ def _share_of_overlaps(pattern, paths):
     ranges = {}
     lengths = {}
     for path in set(paths):
-        folder, name = os.path.split(path)
-        match = re.match(pattern, os.path.splitext(name)[0], re.IGNORECASE)
+        stem = os.path.splitext(os.path.basename(path))[0]
+        match = re.match(pattern, stem, re.IGNORECASE)
         if match is None:
             continue
         first, last = float(match[2]), float(match[3])
-        ranges.setdefault((folder, match[1]), []).append((first, last))
+        ranges.setdefault(match[1], set()).add((first, last))
         length = round(last - first, 3)
         lengths[length] = lengths.get(length, 0) + 1
     n = sum(lengths.values())
@@ -122,8 +122,7 @@ def _share_of_overlaps(pattern, paths):
         return 0.0
     n_overlaps = 0
     for times in ranges.values():
-        times.sort()
-        n_overlaps += sum(second[0] < first[1] for first, second in pairwise(times))
+        n_overlaps += sum(second[0] < first[1] for first, second in pairwise(sorted(times)))
     return n_overlaps / n
 
 

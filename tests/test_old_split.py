@@ -60,6 +60,17 @@ def test_new_clips_of_old_groups_join_their_split():
     assert (grown.split[80:] == grown.split[:40]).all()
 
 
+def test_no_old_clip_moves_for_a_class_that_is_only_in_the_test():
+    old = old_run()
+    test = old.manifest.rows("test")[:4]
+    grown = make_manifest(["a", "b"] * 40 + ["new"] * 4, group=[*range(80), *test])
+    grown.duration = np.append(old.manifest.duration, [1, 1, 1, 1]).astype(np.float32)
+    extend_split(grown, [], old)
+    assert (grown.split[:80] == old.manifest.split).all() and (grown.split[80:] == 2).all()
+    assert_refused("label in test that is not in train: new", "move some of its clips",
+                   assign_splits, grown, [])
+
+
 def test_an_old_split_that_would_leak_is_refused():
     old, grown = old_run(), made(60)
     train, test = (int(old.manifest.rows(split)[0]) for split in ("train", "test"))
