@@ -137,6 +137,9 @@ def _csv_rows(path, text, separator, n_skipped):
     except csv.Error as error:
         if "field larger" in str(error):
             raise DataError(f"{path} cannot be read: {error}; fix the file") from None
+        tidy = re.sub(rf'"[ ]+(?=[{separator}\r\n])', '"', text)  # blanks after a closing quote
+        if tidy != text:
+            return _csv_rows(path, tidy, separator, n_skipped)
         raise _unclosed(path, len(rows) + 1 + n_skipped) from None
     return rows
 

@@ -48,6 +48,9 @@ def find_layout(folder: Path, paths: list[str], has_splits: bool = False) -> Lay
         _read_inner_groups(layout)
         return layout
     _refuse_top_groups(folder, tops, subfolders)
+    if len(tops) == 1 and "" not in subfolders[tops[0]] and len(subfolders[tops[0]]) > 1:
+        raise DataError(f"--data {folder}: only one class ({tops[0]}); give {folder / tops[0]} to "
+                        f"use the folders in it, {summarize(sorted(subfolders[tops[0]]))}")
     if _read_inner_splits(folder, subfolders, layout):
         _read_inner_groups(layout)
         return layout

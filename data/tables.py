@@ -23,6 +23,10 @@ from .xenocanto import join_recordings
 # Columns whose cells may be lists with commas: a,b or ['a', 'b'].
 LIST_COLUMNS = {"labels", "positive_labels", "secondary_labels", "also"}
 MAX_SECONDS = 1e9
+# Bytes, as surrogate escapes, that no Western name has: three in a row, or some of Windows-1252's
+# signs. They are Cyrillic, Chinese or Japanese in an encoding of their own.
+NOT_WESTERN = re.compile(
+    "[\udc80-\udcff]{3}|[\udc81-\udc84\udc86-\udc89\udc8b\udc8d\udc8f\udc90]")
 
 
 def load_table(path: Path, audio_dir: str | os.PathLike | None,
@@ -94,9 +98,10 @@ def _parse_path(text):
 
 
 def _parse_fold(text):
-    if not re.fullmatch(r"\d{1,4}(\.0)?", text):
+    match = re.fullmatch(r"(?:fold[ _-]?)?(\d{1,4})(?:\.0)?", text.lower())
+    if match is None:
         raise ValueError
-    return int(float(text))
+    return int(match[1])
 
 
 # How to parse a field of each role, and what the field must be. Parsers raise ValueError or
@@ -182,6 +187,10 @@ def _parse_names(table, column, texts, role, notes):
     header = table.header[column]
     decoded = {text: as_text(text) for text in set(texts)}
     odd = [text for text in decoded.values() if text not in decoded]
+    foreign = [text for text in decoded if NOT_WESTERN.search(text)]
+    if foreign:
+        raise DataError(f"{table.path}: {header} {decoded[min(foreign)]!r} is in an encoding that "
+                        "is not known; save the table as CSV in UTF-8")
     if odd:
         notes.append(f"{header} is not UTF-8 and read as Windows-1252, e.g. {min(odd)}; if that is "
                      "wrong, save the table as CSV in UTF-8")

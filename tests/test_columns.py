@@ -68,6 +68,11 @@ def test_clock_times_are_no_positions(tmp_path, time):
            f"row 2: start_time is '{time}'", "if it is a time of day, call the column")
 
 
+def test_folds_may_be_called_fold(tmp_path):
+    manifest = load(tmp_path, "path,label,fold\na.wav,x,fold1\nb.wav,y,Fold_02\nc.wav,y,3.0\n")
+    assert manifest.fold.tolist() == [1, 2, 3]
+
+
 # ---- labels
 
 def test_genus_and_species_are_one_name(tmp_path):

@@ -65,6 +65,17 @@ def test_quotes_that_are_fine(tmp_path):
     text = 'path,label\na.wav,5" pipe\n"b.wav","say ""x"", y"\nc.wav,"two\nlines"\n'
     assert load_manifest(write_table(tmp_path, text)).classes == [
         '5" pipe', 'say "x", y', "two\\nlines"]
+    text = '"path" ,"label"  \n"a.wav" , "x"\n"b.wav" ,"y, z"\n'
+    assert load_manifest(write_table(tmp_path, text)).classes == ["x", "y, z"]
+
+
+def test_encodings_other_than_western_ones_are_refused(tmp_path):
+    touch(tmp_path, *ABCD[:2])
+    for encoding, name in (("cp1251", "Синица"), ("shift-jis", "カッコウ"), ("gbk", "杜鹃鸟")):
+        (tmp_path / "c.csv").write_bytes(f"path,label\na.wav,{name}\nb.wav,y\n".encode(encoding))
+        assert_not_loaded("c.csv: label", "in UTF-8", tmp_path / "c.csv")
+    (tmp_path / "c.csv").write_text("path,label\na.wav,Синица\nb.wav,杜鹃鸟\n", encoding="utf-8")
+    assert load_manifest(tmp_path / "c.csv").classes == ["Синица", "杜鹃鸟"]
 
 
 def test_a_table_without_header_is_refused(tmp_path):

@@ -88,6 +88,11 @@ def test_the_same_folders_in_all_top_folders(tmp_path, tops):
     assert_not_loaded("contain the same folders, a, b", "put one folder per class", tmp_path)
 
 
+def test_a_folder_around_the_class_folders_is_named(tmp_path):
+    touch_tree(tmp_path, ["wrapped"], CLASSES)
+    assert_not_loaded("only one class (wrapped)", f"give {tmp_path}/wrapped", tmp_path)
+
+
 def test_classes_below_machines(tmp_path):
     touch_tree(tmp_path, ["fan", "pump"], ["id_00", "id_02"], ["normal", "abnormal"])
     assert_not_loaded("or abnormal, normal in the folders id_00, id_02", "CSV", tmp_path)
