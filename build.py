@@ -12,6 +12,7 @@ from core.device.compiled import compile_for
 from core.device.memory import largest_batch
 from core.device.shared_memory import workers_that_fit
 from core.learner import Learner
+from core.run import CheckpointError
 from core.run.checkpoint import as_checkpoint_error, load_checkpoint
 from core.scoring import restore
 from core.scoring.given_data import count_seen
@@ -21,6 +22,7 @@ from data.fingerprint import check_same_lengths, check_same_recordings, fingerpr
 from data.load import load_manifest
 from data.manifest import Manifest
 from data.named import credit, find_data
+from data.old_split import OldRun
 from data.prepare import cache_folder, noise_recordings, prepare
 from losses import SIGMOID_LOSSES
 from model.ast import AST
@@ -41,7 +43,7 @@ def load_data(args, checkpoint, distributed) -> tuple[Manifest, list[tuple[str, 
         manifest, bad_files = distributed.on_first_rank(lambda: prepare(
             args.data, args.audio_dir, args.fold, args.min_clips, args.max_bad_share, args.scan,
             args.seed, args.cache_dir, multi_label=args.loss in SIGMOID_LOSSES,
-            truncated=args.truncated))
+            truncated=args.truncated, n_folds=args.folds, old=old_run(args)))
     else:
         with as_checkpoint_error(checkpoint.path):
             manifest = Manifest.from_dict(checkpoint["manifest"])
@@ -79,6 +81,26 @@ def moved_root(args, manifest, checkpoint) -> Path:
 def fingerprint_of(manifest: Manifest, checkpoint) -> dict | None:
     """What the recordings are, for a checkpoint; a resumed run keeps what it was started with."""
     return fingerprint(manifest) if checkpoint is None else checkpoint["fingerprint"]
+
+
+def old_run(args) -> OldRun | None:
+    """The run whose split is extended: of --split-from, else of --weights; None for neither."""
+    if args.split_from:
+        path = Path(args.split_from)
+        path = path / "last.pt" if path.is_dir() else path
+        flag = f"--split-from {args.split_from}"
+    elif Path(args.weights).suffix == ".pt":
+        path, flag = Path(args.weights), f"--weights {args.weights}"
+    else:
+        return None
+    try:
+        checkpoint = load_checkpoint(path)
+    except CheckpointError:
+        if args.split_from:
+            raise
+        return None  # weights of another program, or a problem that is reported later
+    with as_checkpoint_error(path):
+        return OldRun(flag, Manifest.from_dict(checkpoint["manifest"]), bool(args.split_from))
 
 
 def build_model(args, manifest, checkpoint, device, distributed):

@@ -63,6 +63,10 @@ def count(low: int, high: float = math.inf) -> Callable[[str], int]:
 SHARE = number(0, 1)
 
 
+def fold_count(text: str) -> int | str:
+    return text if text == "all" else count(2, 20)(text)
+
+
 def batch_size(text: str) -> int | str:
     return text if text == "auto" else count(1)(text)
 
@@ -143,8 +147,11 @@ def _add_data_flags(add):
         "CSV's own)")
     add("--fold", None, count(-2**15, 2**15 - 1), "test on this fold, validate on the next, train "
         "on the rest")
-    add("--folds", None, ["all"], "one run per fold, then their mean; continue with the same "
-        "command and --run-dir")
+    add("--folds", None, fold_count, "one run per fold, then their mean: all (folds of the data) "
+        "or 2 to 20 new ones, by group; continue with the same command and --run-dir",
+        metavar="all|N")
+    add("--split-from", None, str, "grown data: clips of this run keep their split, new ones are "
+        "added (default: the run of --weights, if it has such clips)", metavar="RUN")
     add("--min-clips", 1, count(1), "leave out classes with fewer clips")
     add("--max-bad-share", 0.05, SHARE, "largest share of unreadable files to start with")
     add("--truncated", "use", ["use", "refuse"], "use what decodes of truncated recordings, or not")
@@ -279,11 +286,28 @@ def fit_together(args: argparse.Namespace, given: dict) -> str | None:
     if args.effective_batch != multiple:
         return (f"--effective-batch {args.effective_batch}: not a multiple of --batch-size {size}; "
                 f"use {multiple}")
-    n_processes = launched_as()[1]
+    return _fold_problem(args, launched_as()[1]) or _other_problem(args)
+
+
+def _fold_problem(args, n_processes):
     if args.smoke and n_processes > 1:
         return "--smoke: excludes torchrun; try it with one process"
-    if args.folds and (args.fold is not None or args.smoke or n_processes > 1):
-        return "--folds: excludes --fold, --smoke and torchrun; leave them out"
+    if args.split_from and (args.fold is not None or args.folds):
+        return "--split-from: excludes --fold and --folds; leave them out"
+    if not args.folds:
+        return None
+    if args.fold is None:
+        if args.smoke or n_processes > 1:
+            return ("--folds: excludes --smoke and torchrun; leave them out, or give a number of "
+                    "folds and one --fold of them")
+    elif args.folds == "all":
+        return "--folds all: excludes --fold; leave one of them out"
+    elif not 1 <= args.fold <= args.folds:
+        return f"--fold {args.fold}: must be from 1 to {args.folds} with --folds {args.folds}"
+    return None
+
+
+def _other_problem(args):
     if args.warmup_epochs > args.epochs:
         return (f"--warmup-epochs {args.warmup_epochs:g}: longer than the run of --epochs "
                 f"{args.epochs}; lower it")

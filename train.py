@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None, resume_command: str | None = None) -> in
     resume_command: what to print when the run is interrupted, if it is part of something larger.
     """
     args, given = flags.parse(argv)
-    if args.folds:
+    if args.folds and args.fold is None:
         return run_folds(args, given)
     distributed = Distributed()
     stop = StopRequest(has_launcher=distributed.size > 1)
@@ -385,21 +385,26 @@ def test_best(args, run: Run, learner: Learner, loader: TrainLoader) -> None:
 
 
 def run_folds(args, given) -> int:
-    """--folds all: a run for each fold, each in a folder of its own."""
-    manifest = load_manifest(find_data(args.data, cache_folder(args.cache_dir)), args.audio_dir)
-    if manifest.fold is None:
-        raise DataError(f"--data {args.data}: has no folds; give a CSV with a column fold, or "
-                        "leave --folds out")
+    """--folds all or N: a run for each fold, each in a folder of its own."""
+    if args.folds == "all":
+        data = find_data(args.data, cache_folder(args.cache_dir))
+        manifest = load_manifest(data, args.audio_dir)
+        if manifest.fold is None:
+            raise DataError(f"--data {args.data}: has no folds; give a number, such as --folds 5")
+        folds, n_folds = sorted(set(manifest.fold.tolist())), None
+    else:  # each run makes the same ones
+        n_folds = args.folds
+        folds = range(1, n_folds + 1)
     name = default_folder(f"{Path(args.data).stem}-folds")
     folder = Path(args.run_dir) if args.run_dir else reserve_folder(Path(name))
     again = shlex.join(["python", "train.py",
                         *flags.as_command_line(given | {"run_dir": str(folder)})])
 
     def run_fold(fold, fold_folder):
-        own = {"folds": None, "fold": fold, "run_dir": fold_folder, "resume": "auto"}
+        own = {"folds": n_folds, "fold": fold, "run_dir": fold_folder, "resume": "auto"}
         return main(flags.as_command_line(given | own), again)
 
-    return cross_validate(sorted(set(manifest.fold.tolist())), folder, run_fold)
+    return cross_validate(folds, folder, run_fold)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from util import plural, printable, summarize
 
 from .grouping import factorize, group_by_name, merge_groups
 from .manifest import DataError, LabelSet, Manifest
+from .names import unify_names
 
 
 def build_manifest(name: str, root: str | os.PathLike, paths: list[str], labels: list[str],
@@ -37,7 +38,8 @@ def build_manifest(name: str, root: str | os.PathLike, paths: list[str], labels:
     if label_names:
         label_names = [label_names[i] for i in order]
 
-    classes, class_of, class_notes = _number_classes(labels, label_names or (), known_classes)
+    classes, class_of, class_notes = _number_classes(
+        labels, label_names or (), known_classes, root)
     notes = notes + class_notes
     if len(classes) < 2:
         problem = (f"--data {root}: only one class ({classes[0]}); give two or more, each a folder "
@@ -79,18 +81,17 @@ def _sorted_order(paths, start, end):
     return order
 
 
-def _number_classes(labels, label_names, known_classes):
+def _number_classes(labels, label_names, known_classes, root):
     """-> (sorted class names, {name in the data: class}, notes).
 
-    Names are escaped, so that they can be printed and written anywhere. Secondary labels that are
-    no class are not in the dict.
+    Names can be printed and written anywhere; see `unify_names`. Secondary labels that are no class
+    are not in the dict.
     """
-    notes = []
     own = set(labels).union(*(present for present, _ in label_names))
     secondary = set().union(*(unknown for _, unknown in label_names))
-    escaped = {name: printable(name) for name in own | secondary}
-    classes = {escaped[name] for name in own}
-    secondary = {escaped[name] for name in secondary}
+    spelled, notes = unify_names(own | secondary, known_classes, root)
+    classes = {spelled[name] for name in own}
+    secondary = {spelled[name] for name in secondary}
     ignored = secondary - classes - set(known_classes)
     if ignored:
         notes.append("left out: secondary labels that are no clip's own label: "
@@ -98,7 +99,7 @@ def _number_classes(labels, label_names, known_classes):
     classes |= secondary & set(known_classes)
     classes = sorted(classes)
     index = {name: i for i, name in enumerate(classes)}
-    class_of = {name: index[text] for name, text in escaped.items() if text in index}
+    class_of = {name: index[text] for name, text in spelled.items() if text in index}
     return classes, class_of, notes
 
 

@@ -1,52 +1,101 @@
 """Class folders -> a manifest: plain, under train/ val/ test/, or laid out like Speech Commands."""
 import os
+from collections import Counter
 from pathlib import Path
 from sys import intern
 
-from util import plural
+from util import plural, summarize
 
 from .audio import AUDIO_SUFFIXES
 from .build import build_manifest
-from .files import IgnoredFiles, count_suffixes, find_audio, suffix
-from .manifest import SPLITS, DataError, Manifest
+from .files import SYSTEM_FOLDERS, IgnoredFiles, count_suffixes, find_audio, suffix
+from .folder_layout import find_layout, refuse_selection_tables
+from .folder_words import NOISE_FOLDERS, is_unlabelled, splits_of
+from .manifest import DataError, Manifest
 
-# Names of splits in folders and tables -> index into SPLITS.
-SPLIT_WORDS = {
-    "train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "dev": 1,
-    "test": 2, "testing": 2, "eval": 2, "evaluation": 2,
-}
 # Speech Commands lists the paths of two splits; all other files are for training.
 SPLIT_LISTS = {"validation_list.txt": 1, "testing_list.txt": 2}
-NOISE_FOLDER = "_background_noise_"  # of Speech Commands: long recordings to mix in, not a class
 
 
 def load_folder(folder: Path) -> Manifest:
-    """Read a folder of class folders. Raises DataError."""
+    """Read a folder of class folders. Raises DataError if it is not clear which those are."""
     names, tops, loose, paths, ignored = _list_folder(folder)
+    if ignored[".txt"]:
+        refuse_selection_tables(folder, tops)
     notes = []
-    if NOISE_FOLDER in tops:
-        tops.remove(NOISE_FOLDER)
-        n_all = len(paths)
-        paths = [path for path in paths if not path.startswith(NOISE_FOLDER + "/")]
-        n_noise = plural(n_all - len(paths), "recording")
-        notes.append(f"left out: {n_noise} in {NOISE_FOLDER}, which is not a class; to mix them "
-                     f"in: --noise-p 0.5 --noise-dir {folder / NOISE_FOLDER}")
+    paths = _leave_out_noise(folder, paths, notes)
+    paths = _leave_out_unlabelled(paths, notes)
     used = {path.split("/", 1)[0] for path in paths}
-    paths, split, class_level, loose_in_splits = _find_splits(folder, names, used, paths, notes)
-    loose += loose_in_splits
-    _refuse_without_clips(folder, paths, loose, ignored)
+    if all(name in names for name in SPLIT_LISTS):
+        layout = find_layout(folder, paths, has_splits=True)
+        layout.split, layout.sources["split"] = _listed_splits(folder, paths)
+    else:
+        layout = find_layout(folder, paths)
+    notes += layout.notes
+    loose += layout.loose
+    _refuse_without_clips(folder, layout.paths, loose, ignored)
 
     if loose:
         notes.append(f"left out: {plural(len(loose), 'audio file')} outside any class folder, e.g. "
                      f"{loose[0]}")
     if len(used) < len(tops):
-        empty = [top for top in tops if top not in used]
-        notes.append(f"folders without audio: {', '.join(empty)}")
+        empty = [top for top in tops if top not in used and top not in NOISE_FOLDERS
+                 and not is_unlabelled(top)]
+        if empty:
+            notes.append(f"folders without audio: {summarize(empty, 20)}")
     notes += ignored.describe(paths)
     notes += [f"{name} is not read; give it as --data to use it"
               for name in names if suffix(name) == ".csv"]
-    labels = [intern(path.split("/", 2)[class_level]) for path in paths]  # a string per class
-    return build_manifest(folder.name, folder, paths, labels, notes, split=split)
+    # interned: one string per class
+    labels = [intern(path.split("/")[layout.class_level]) for path in layout.paths]
+    manifest = build_manifest(
+        folder.name, folder, layout.paths, labels, notes, split=layout.split, fold=layout.fold,
+        group=layout.group, group_source=layout.sources.get("group"))
+    manifest.sources = layout.sources
+    return manifest
+
+
+def _leave_out_noise(folder, paths, notes):
+    """Leave out _background_noise_, directly in the folder or in a split's folder."""
+    places = Counter(map(_noise_folder, paths))
+    del places[None]
+    if not places:
+        return paths
+    others = [path for path in paths if _noise_folder(path) is None]
+    for place, n in sorted(places.items()):
+        notes.append(f"left out: {plural(n, 'recording')} in {place}, which is not a class; to mix "
+                     f"them in: --noise-p 0.5 --noise-dir {folder / place}")
+    return others
+
+
+def _noise_folder(path):
+    """The folder of noise that contains a recording, or None."""
+    folders = path.split("/", 2)[:-1]
+    if folders[0] in NOISE_FOLDERS:
+        return folders[0]
+    if len(folders) > 1 and folders[1] in NOISE_FOLDERS and splits_of(folders[:1]):
+        return "/".join(folders)
+    return None
+
+
+def _leave_out_unlabelled(paths, notes):
+    """Leave out a folder such as unlabeled/ beside folders of splits."""
+    tops = {path.split("/", 1)[0] for path in paths}
+    without = {top for top in tops if is_unlabelled(top)}
+    if not without or not splits_of(tops):
+        return paths
+    labelled = [path for path in paths if path.split("/", 1)[0] not in without]
+    notes.append(f"left out: {plural(len(paths) - len(labelled), 'recording')} in "
+                 f"{', '.join(sorted(without))}, which have no labels")
+    return labelled
+
+
+def _listed_splits(folder, paths):
+    """-> (split of each path by the lists of Speech Commands, where it comes from)."""
+    listed = {}
+    for name, split in SPLIT_LISTS.items():
+        listed.update(dict.fromkeys(_read_words(folder / name), split))
+    return [listed.get(path, 0) for path in paths], f"lists {' and '.join(SPLIT_LISTS)}"
 
 
 def _list_folder(folder):
@@ -55,7 +104,7 @@ def _list_folder(folder):
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
         is_folder = {name: os.path.isdir(folder / name) for name in names}
-        tops = [name for name in names if is_folder[name]]
+        tops = [name for name in names if is_folder[name] and name.lower() not in SYSTEM_FOLDERS]
         paths = [path for top in tops for path in find_audio(folder, top, ignored)]
     except OSError as error:
         raise DataError(f"--data {error.filename}: {error.strerror}; make it readable or remove "
@@ -64,31 +113,6 @@ def _list_folder(folder):
     loose = [name for name in files if suffix(name) in AUDIO_SUFFIXES]
     ignored.update(suffix(name) for name in files if suffix(name) not in AUDIO_SUFFIXES)
     return names, tops, loose, paths, ignored
-
-
-def _find_splits(folder, names, used, paths, notes):
-    """Find the splits that the folder gives, as train/ val/ test/ or as lists of files.
-
-    used: the folders that contain audio.
-    -> (paths in class folders, split of each or None, level of the class folders, loose paths).
-    """
-    split_of = {top: SPLIT_WORDS[top.lower()] for top in sorted(used) if top.lower() in SPLIT_WORDS}
-    all_are_splits = len(split_of) == len(used)
-    if all_are_splits and SPLITS.index("train") in split_of.values():
-        notes.append(f"splits are given by the folders {', '.join(split_of)}")
-        loose = sorted(path for path in paths if path.count("/") == 1)
-        paths = [path for path in paths if path.count("/") > 1]
-        return paths, [split_of[path.split("/", 1)[0]] for path in paths], 1, loose
-    if all(name in names for name in SPLIT_LISTS):
-        notes.append(f"splits are given by {' and '.join(SPLIT_LISTS)}")
-        listed = {}
-        for name, split in SPLIT_LISTS.items():
-            listed.update(dict.fromkeys(_read_words(folder / name), split))
-        return paths, [listed.get(path, 0) for path in paths], 0, []
-    if split_of:
-        notes.append(f"folders {', '.join(split_of)} are read as classes, like the folders beside "
-                     "them")
-    return paths, None, 0, []
 
 
 def _refuse_without_clips(folder, paths, loose, ignored):

@@ -2,6 +2,7 @@
 import os
 import re
 from collections.abc import Hashable, Iterable
+from itertools import pairwise
 
 import numpy as np
 
@@ -20,6 +21,8 @@ NAME_PATTERNS = {
 # ignored if most classes would become a single group.
 AMBIGUOUS_PATTERNS = ("segment number", "time range")
 MIN_MATCHING_SHARE = 0.9  # of the file names, for a pattern to be used
+MAX_OVERLAPPING_SHARE = 0.1  # of time ranges; more are no times, but numbers of another meaning
+MAX_GROUP_SHARE = 0.5  # of the clips, in one group by an ambiguous pattern
 
 
 def factorize(values: Iterable[Hashable]) -> np.ndarray:
@@ -71,21 +74,84 @@ def group_by_name(paths: list[str], file_of: np.ndarray, labels: np.ndarray,
     ignored.
     """
     for name, pattern in NAME_PATTERNS.items():
-        group = _match_names(re.compile(pattern, re.IGNORECASE), paths)
-        if group is None or group.max() == file_of[-1]:
-            continue  # too few names match, or no two files share a group
-        if name not in AMBIGUOUS_PATTERNS or _share_of_divided_classes(group, labels) >= 0.5:
+        matches = _match_names(re.compile(pattern, re.IGNORECASE), paths)
+        if matches is None:
+            continue  # too few names match
+        group = factorize(matches)
+        if group.max() == file_of[-1]:
+            continue  # no two files share a group
+        problem = None
+        if name in AMBIGUOUS_PATTERNS:
+            problem = _doubt(name, pattern, paths, group, labels)
+        if problem is None:
             return group, f"file name ({name})"
-        notes.append(f"file names end in a {name}, but grouping by it would put most classes into "
-                     "one group each, so each file is its own group; if clips are cut from one "
-                     "recording, give a CSV with a column group")
+        notes.append(f"file names end in what may be a {name}, but {problem}, so each file is its "
+                     "own group; if clips are cut from one recording, give a CSV with a column "
+                     "group")
+    if file_of[-1] > 1:
+        notes += _describe_name_parts(paths, labels)
     return file_of, "each file alone"
 
 
-def _match_names(pattern, paths):
-    """Group codes (n,) int32 by the pattern; None if too few file names match.
+def _doubt(name, pattern, paths, group, labels):
+    """Why the groups of an ambiguous pattern are hardly recordings; None if they can be."""
+    if name == "time range" and _share_of_overlaps(pattern, paths) > MAX_OVERLAPPING_SHARE:
+        return "the ranges overlap"
+    if np.bincount(group).max() > MAX_GROUP_SHARE * len(group) and len(group) > 4:
+        return "grouping by it would put most clips into one group"
+    if _share_of_divided_classes(group, labels) < 0.5:
+        return "grouping by it would put most classes into one group each"
+    return None
 
-    A file whose name does not match is a group of its own.
+
+def _share_of_overlaps(pattern, paths):
+    """Share of the time ranges that overlap the one before, unless all have the same length."""
+    ranges = {}
+    lengths = {}
+    for path in set(paths):
+        stem = os.path.splitext(os.path.basename(path))[0]
+        match = re.match(pattern, stem, re.IGNORECASE)
+        if match is None:
+            continue
+        first, last = float(match[2]), float(match[3])
+        ranges.setdefault(match[1], set()).add((first, last))
+        length = round(last - first, 3)
+        lengths[length] = lengths.get(length, 0) + 1
+    n = sum(lengths.values())
+    if max(lengths.values()) > 0.5 * n:
+        return 0.0
+    n_overlaps = 0
+    for times in ranges.values():
+        n_overlaps += sum(second[0] < first[1] for first, second in pairwise(sorted(times)))
+    return n_overlaps / n
+
+
+def _describe_name_parts(paths, labels):
+    """A note if a part of the file names repeats, as the number of a speaker or recording does."""
+    def parts(path):
+        return re.split("[-_]", os.path.splitext(os.path.basename(path))[0])
+
+    first = parts(paths[0])
+    if len(first) < 3 or any(len(parts(path)) != len(first) for path in paths):
+        return []
+    repeating = []
+    for i, example in enumerate(first):
+        codes = factorize(parts(path)[i] for path in paths)
+        n_values = int(codes.max()) + 1
+        spans_classes = _share_of_divided_classes(labels, codes) > 0.5
+        if 3 < n_values <= len(paths) / 3 and spans_classes:
+            repeating.append(f"part {i + 1} has {n_values} values such as {example}")
+    if not repeating:
+        return []
+    return [f"file names such as {os.path.basename(paths[0])} have parts that repeat: "
+            f"{'; '.join(repeating)}; if one is a speaker, site or recording, give a CSV with a "
+            "column group"]
+
+
+def _match_names(pattern, paths):
+    """The first bracket of the pattern in each file name; None if too few names match.
+
+    A file whose name does not match gets a value of its own.
     """
     keys = []
     n_matching = 0
@@ -100,7 +166,7 @@ def _match_names(pattern, paths):
         n_left = len(paths) - 1 - i
         if n_matching + n_left < MIN_MATCHING_SHARE * len(paths):
             return None
-    return factorize(keys)
+    return keys
 
 
 def _share_of_divided_classes(group, labels):

@@ -1,6 +1,7 @@
 """The manifest: one row per labelled clip, in columns. It opens no audio file."""
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,20 @@ COLUMN_TYPES = {
 
 class DataError(InputError):
     """Invalid data: one line that names the file or flag, what is wrong and how to fix it."""
+
+
+def native_path(text: str) -> str:
+    """A path from a UTF-8 file, for functions that open it; other encodings are very rare."""
+    if text.isascii():
+        return text
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
+def portable_path(path: str) -> str:
+    """A path of this system as UTF-8 text; bytes that are not UTF-8 as surrogate escapes."""
+    if path.isascii():
+        return path
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
 
 
 class LabelSet(NamedTuple):
@@ -54,6 +69,7 @@ class Manifest:
     label_set: np.ndarray | None = None  # (n,) int32 index into label_sets; None: single label
     label_sets: list[LabelSet] = field(default_factory=list)  # distinct sets
     content: np.ndarray | None = None  # (n,) int64 key of each file (data/content.py), or unknown
+    sources: dict[str, str] = field(default_factory=dict)  # {"label": "column species"} and so on
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -174,6 +190,7 @@ class Manifest:
             if plain[name] is not None:
                 plain[name] = plain[name].tolist()
         plain["root"] = str(self.root)
+        plain["paths"] = [portable_path(path) for path in self.paths]
         plain["label_sets"] = [tuple(label_set) for label_set in self.label_sets]
         return plain
 
@@ -184,9 +201,10 @@ class Manifest:
         The dict may come from a file that somebody else wrote. Raises ValueError, TypeError,
         KeyError, AttributeError or OverflowError if it is not valid.
         """
-        later = {"label_set": None, "label_sets": [], "content": None}
+        later = {"label_set": None, "label_sets": [], "content": None, "sources": {}}
         fields = {**later, **plain}  # older checkpoints lack some
         fields["root"] = Path(plain["root"])
+        fields["paths"] = [native_path(path) for path in plain["paths"]]
         for name, kind in COLUMN_TYPES.items():
             if fields[name] is not None:
                 fields[name] = np.array(fields[name], kind)
@@ -201,6 +219,8 @@ class Manifest:
         columns = [getattr(self, name) for name in COLUMN_TYPES]
         if any(column.shape != (len(self),) for column in columns if column is not None):
             raise ValueError("the columns of its manifest have different lengths")
+        if type(self.sources) is not dict:
+            raise TypeError("the sources of its manifest are no dict")
         valid = (np.isin(self.labels, range(len(self.classes))).all()
                  and np.isin(self.split, range(-1, len(SPLITS))).all()
                  and (self.start >= 0).all() and not (self.end < 0).any())

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
+from .clip_times import check_times
 from .content import content_keys
 from .demo import write_demo
 from .files import find_audio, find_outage
+from .folds import assign_folds
 from .load import load_manifest
 from .manifest import SPLITS, DataError, Manifest
 from .named import find_data
+from .old_split import OldRun, extend_split
+from .overview import class_lines, source_lines, warning_lines
 from .scan import refuse_truncated, scan, summary
 from .splits import assign_splits, audit, drop_rare
 
@@ -21,15 +25,24 @@ MAX_CLIPS_TO_DECODE = 5000  # with more clips, only headers are read before trai
 
 
 def cache_folder(name: str | os.PathLike | None = None) -> Path:
-    """The folder for what can be made again: the given one, or ~/.cache/warble."""
-    return Path(name) if name else Path.home() / ".cache" / "warble"
+    """The folder for what can be made again: the given one, or ~/.cache/warble.
+
+    Raises DataError if there is no home directory.
+    """
+    if name:
+        return Path(name)
+    try:
+        return Path.home() / ".cache" / "warble"
+    except RuntimeError:
+        raise DataError("no home directory to keep the cache in; set HOME, or give --cache-dir, a "
+                        "folder for it") from None
 
 
 def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
             fold: int | None = None, min_clips: int = 1, max_bad_share: float = 0.05,
             scan_mode: str = "auto", seed: int = 0, cache_dir: str | os.PathLike | None = None,
-            log: Callable[[str], None] = print,
-            multi_label: bool = False, truncated: str = "use"
+            log: Callable[[str], None] = print, multi_label: bool = False,
+            truncated: str = "use", n_folds: int | None = None, old: OldRun | None = None
             ) -> tuple[Manifest, list[tuple[str, str]]]:
     """Find, scan, clean and split the recordings.
 
@@ -38,14 +51,16 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
     cache_dir: see `cache_folder`; for the scan's index and for data sets.
     multi_label: whether the loss can learn clips with several labels.
     truncated: "use" what truncated recordings have, or "refuse" them.
+    n_folds: make this many folds instead of those of the data; `fold` is then the test.
+    old: an earlier run, whose clips keep their split.
 
     -> (manifest of the readable clips, (path, reason) of each other one). Raises DataError.
     """
+    cache = cache_folder(cache_dir)
     if data == "demo":
         log("data: the built-in demo of synthesised sounds. For your own recordings:\n"
             "  python train.py --data FOLDER_OR_CSV --warmup-epochs 0 --batch-size 4")
         data = write_demo(DEMO)
-    cache = cache_folder(cache_dir)
     data = find_data(data, cache, log)
     manifest = load_manifest(data, audio_dir)
     if not multi_label:
@@ -65,26 +80,27 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
     # Into run.json: which clips are shorter than they claim, and why.
     manifest.notes += [f"{manifest.paths[row]}: {reason}"
                        for row, reason in list(result.truncated.items())[:MAX_NOTES]]
-    bad = [(manifest.paths[row], reason) for row, reason in sorted(result.reasons.items())]
-    if len(bad) > max_bad_share * len(manifest):
-        path, reason = bad[0]
-        raise DataError(
-            f"--data {data}: {len(bad)} of {len(manifest)} clips cannot be read, more than "
-            f"--max-bad-share {max_bad_share:g}; the first: {path}: {reason}; fix or remove them, "
-            "or raise --max-bad-share")
+    bad = _bad_clips(manifest, result, data, max_bad_share)
 
     manifest.duration = result.duration
+    lines = []
+    if n_folds:  # before clips are left out, so that the folds stay if a file breaks
+        lines += assign_folds(manifest, result.duplicates, n_folds, seed)
     n_scanned = len(manifest)
     rows = np.flatnonzero(result.ok)
     manifest = manifest.select(rows)
     if min_clips > 1:
         is_frequent = manifest.rows_with(manifest.counts() >= min_clips)
-        manifest, lines = drop_rare(manifest, min_clips)
+        manifest, dropped = drop_rare(manifest, min_clips)
         rows = rows[is_frequent]
-        _log_indented(log, lines)
+        lines += dropped
     manifest.content = content_keys(manifest.root, manifest.paths)
     duplicates = _renumber(result.duplicates, rows, n_scanned)
-    lines = assign_splits(manifest, duplicates, seed=seed, fold=fold)
+    if old is not None and fold is None:
+        lines += extend_split(manifest, duplicates, old, seed=seed)
+    _log_indented(log, class_lines(manifest) + source_lines(manifest))
+    lines += assign_splits(manifest, duplicates, seed=seed, fold=fold)
+    lines += warning_lines(manifest, by_fold=fold is not None)
     lines += _describe_missing_multi_label(manifest)
     lines += [f"LEAK: {line}" for line in audit(manifest, duplicates)]
     manifest.notes += lines
@@ -94,6 +110,19 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
             raise DataError(f"--data {data}: no clip is left for {split}; give more recordings, or "
                             "a split column")
     return manifest, bad
+
+
+def _bad_clips(manifest, result, data, max_bad_share):
+    """(path, reason) of each clip that cannot be used. Raises DataError if there are too many."""
+    check_times(manifest, result.file_seconds, result.rate, max_bad_share)
+    bad = [(manifest.paths[row], reason) for row, reason in sorted(result.reasons.items())]
+    if len(bad) > max_bad_share * len(manifest):
+        path, reason = bad[0]
+        raise DataError(
+            f"--data {data}: {len(bad)} of {len(manifest)} clips cannot be read, more than "
+            f"--max-bad-share {max_bad_share:g}; the first: {path}: {reason}; fix or remove them, "
+            "or raise --max-bad-share")
+    return bad
 
 
 def _renumber(sets, rows, n):

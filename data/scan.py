@@ -39,6 +39,7 @@ class Scan:
     notes: list[str]  # problems that did not stop the scan
     truncated: dict[int, str]  # row that is ok -> its file ends early, and how much it has
     opposite: np.ndarray  # (n,) bool: the channels cancel each other, so one of them is used
+    file_seconds: np.ndarray | None = None  # (n,) float32 length of each clip's file; 0 if bad
 
 
 def scan(manifest: Manifest, index: str | os.PathLike | None, full: bool) -> Scan:
@@ -84,7 +85,8 @@ def scan(manifest: Manifest, index: str | os.PathLike | None, full: bool) -> Sca
         channels=records["channels"][file_of].astype(np.int16), ok=ok, reasons=reasons,
         duplicates=_rows_of_files(duplicate_files, file_of), full=full,
         seconds=time.perf_counter() - began, n_files=len(records),
-        n_opened=int(files.opened.sum()), notes=notes)
+        n_opened=int(files.opened.sum()), notes=notes,
+        file_seconds=np.where(records["ok"][file_of], file_seconds, 0))
 
 
 def summary(scan: Scan, manifest: Manifest) -> list[str]:

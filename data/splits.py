@@ -8,8 +8,9 @@ import numpy as np
 
 from util import atomic_write, plural, printable, summarize
 
+from .folds import NO_FOLD
 from .grouping import indices_by_value
-from .manifest import SPLITS, DataError, Manifest
+from .manifest import SPLITS, DataError, Manifest, portable_path
 from .stratify import TEST, TRAIN, VAL, split_train
 
 COLUMNS = ["path", "label", "split", "group", "start", "end"]
@@ -73,7 +74,7 @@ def _split_by_fold(manifest, fold):
     if manifest.fold is None:
         raise DataError(f"--fold {fold}: the data has no folds; leave --fold out, or give a CSV "
                         "with a column fold")
-    folds = np.unique(manifest.fold).tolist()
+    folds = np.unique(manifest.fold[manifest.fold != NO_FOLD]).tolist()
     if fold not in folds:
         raise DataError(f"--fold {fold}: no such fold; give one of {', '.join(map(str, folds))}")
     if len(folds) == 1:
@@ -189,7 +190,8 @@ def split_hash(manifest: Manifest) -> str:
     """SHA-256 (hex) of all paths, labels, splits, starts and ends, for any order of the rows."""
     lines = []
     for path, label, split, _group, start, end, *unknown in _fields(manifest):
-        lines.append(os.fsencode("\0".join([path, label, split, str(start), str(end), *unknown])))
+        text = "\0".join([portable_path(path), label, split, str(start), str(end), *unknown])
+        lines.append(text.encode("utf-8", "surrogateescape"))
     return hashlib.sha256(b"\n".join(sorted(lines))).hexdigest()
 
 

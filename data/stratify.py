@@ -22,17 +22,38 @@ def split_train(manifest: Manifest, duplicates: Sequence[Sequence[int]], shares:
     Raises DataError if no clip can be spared for the test.
     """
     rows = manifest.rows("train")
-    unit = _undivided(manifest, duplicates)[rows]
-    unit = np.unique(unit, return_inverse=True)[1].astype(np.int32)  # (k,) numbered from 0
-    row_index, classes = manifest.positives(rows)
-    units = _Units(unit[row_index], classes, _random_keys(manifest.paths, rows, unit, seed))
-
+    units, unit = _units_of(manifest, duplicates, rows, seed)
     splits = [split for split in BY_NEED if split == TRAIN or split in new]
     share = {split: shares[split] for split in new}
     share[TRAIN] = 1 - sum(shares[split] for split in new)
     split_of_unit = _Allocation(units, splits, share).run()
     manifest.split[rows] = split_of_unit[unit]
     return _describe_gaps(manifest, units, split_of_unit, new)
+
+
+def divide(manifest: Manifest, duplicates: Sequence[Sequence[int]], rows: np.ndarray,
+           shares: dict[int, float], by_need: tuple[int, ...], seed: int,
+           fixed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Divide these rows into parts of the given shares -> ((k,) int8 part, (k,) int32 unit).
+
+    shares: {part: share}, which sum to 1. by_need: the parts, from the one that a class with few
+    groups goes to first. fixed: (k,) part of rows that stay where they are, alike within each unit,
+    -1 for the others.
+    """
+    units, unit = _units_of(manifest, duplicates, rows, seed)
+    allocation = _Allocation(units, list(by_need), shares, by_need)
+    if fixed is not None:
+        first_row = np.unique(unit, return_index=True)[1]
+        allocation.fix(fixed[first_row])
+    return allocation.run()[unit], unit
+
+
+def _units_of(manifest, duplicates, rows, seed):
+    """-> (the units of these rows, (k,) int32 unit of each row, numbered from 0)."""
+    unit = undivided(manifest, duplicates)[rows]
+    unit = np.unique(unit, return_inverse=True)[1].astype(np.int32)
+    row_index, classes = manifest.positives(rows)
+    return _Units(unit[row_index], classes, _random_keys(manifest.paths, rows, unit, seed)), unit
 
 
 class _Units:
@@ -83,7 +104,7 @@ class _Allocation:
     order, if it has that many units.
     """
 
-    def __init__(self, units, splits, share):
+    def __init__(self, units, splits, share, by_need=BY_NEED):
         self.units = units
         self.splits = splits
         self.split_of_unit = np.full(len(units), -1, np.int8)
@@ -95,7 +116,14 @@ class _Allocation:
         self.lacking_in_all = {s: share[s] * n_all for s in splits}
         # Units of each class in each split, and the splits that a class must be in.
         self.n_placed = {c: dict.fromkeys(splits, 0) for c in n_clips}
-        self.required = {c: [s for s in BY_NEED[:self.n_units[c]] if s in splits] for c in n_clips}
+        self.required = {c: [s for s in by_need[:self.n_units[c]] if s in splits] for c in n_clips}
+        self.is_fixed = np.zeros(len(units), bool)
+
+    def fix(self, split_of_unit):
+        """Place units for good: (units,) int8 split of each, -1 if it is free."""
+        for u in np.flatnonzero(split_of_unit >= 0).tolist():
+            self._place(u, int(split_of_unit[u]))
+            self.is_fixed[u] = True
 
     def run(self):
         """-> (units,) int8 split of each unit."""
@@ -139,8 +167,9 @@ class _Allocation:
         it is. If there is none, the smallest unit moves anyway if the split is train.
         """
         candidates = self.units.of_class(c, largest_first=False)
+        candidates = [u for u in candidates if not self.is_fixed[u]]
         movable = next((u for u in candidates if self._is_spare(u)), None)
-        if movable is None and split == TRAIN:
+        if movable is None and split == TRAIN and candidates:
             movable = candidates[0]
         if movable is not None:
             self._place(movable, self.split_of_unit[movable], sign=-1)
@@ -153,7 +182,7 @@ class _Allocation:
                    for c, _ in self.units.content(u))
 
 
-def _undivided(manifest, duplicates):
+def undivided(manifest: Manifest, duplicates: Sequence[Sequence[int]]) -> np.ndarray:
     """(n,) codes of what must stay together: groups, joined if they share a file's content."""
     copies = np.arange(len(manifest), dtype=np.int32)
     for rows in duplicates:

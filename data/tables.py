@@ -1,8 +1,9 @@
-"""A CSV with one clip per row -> a manifest: choose the columns, parse the fields."""
+"""A CSV with one clip per row -> a manifest: parse the fields of the chosen columns."""
 import os
 import re
 from collections import Counter
 from collections.abc import Collection
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -10,31 +11,22 @@ import numpy as np
 from util import plural
 
 from .build import build_manifest
-from .csv_table import column_name, read_table
-from .folders import SPLIT_WORDS
+from .clip_times import is_clock_time, parse_time
+from .columns import choose_columns, group_values
+from .csv_table import as_text, read_table
+from .folder_words import splits_of
 from .locate import locate_files
 from .manifest import DataError, Manifest
+from .names import MISSING
 from .xenocanto import join_recordings
 
-# Names of columns for each role, the likeliest first, in the form of `column_name`.
-COLUMNS = {
-    "path": "path filepath file_path filename file_name file slice_file_name audio audio_path "
-            "audio_file fname wav",
-    "label": "label labels category primary_label class_name class species common_name "
-             "scientific_name ebird_code target classid class_id label_id positive_labels",
-    "secondary label": "secondary_labels secondary_label also unknown ignore",
-    "split": "split subset set partition",
-    "fold": "fold folds",
-    "group": "group group_id recording_id recording src_file source_file fsid original "
-             "original_file recordist author source",
-    "start": "start start_time start_s onset",
-    "end": "end end_time end_s stop",
-}
 # Columns whose cells may be lists with commas: a,b or ['a', 'b'].
 LIST_COLUMNS = {"labels", "positive_labels", "secondary_labels", "also"}
-# In UrbanSound8K, times are positions in the source recording that the files were cut from.
-URBANSOUND_COLUMNS = {"slice_file_name", "fsid"}
 MAX_SECONDS = 1e9
+# Bytes, as surrogate escapes, that no Western name has: three in a row, or some of Windows-1252's
+# signs. They are Cyrillic, Chinese or Japanese in an encoding of their own.
+NOT_WESTERN = re.compile(
+    "[\udc80-\udcff]{3}|[\udc81-\udc84\udc86-\udc89\udc8b\udc8d\udc8f\udc90]")
 
 
 def load_table(path: Path, audio_dir: str | os.PathLike | None,
@@ -42,27 +34,42 @@ def load_table(path: Path, audio_dir: str | os.PathLike | None,
     """Read a table; see `load_manifest`. Raises DataError."""
     table = read_table(path)
     table, notes = _join_xeno_canto(table, audio_dir)
-    columns, column_notes = _choose_columns(table)
-    notes = notes + column_notes
+    table, columns = choose_columns(table)
+    notes = [*table.notes, *notes, *columns.notes]
 
-    fields = _parse_fields(table, columns)
+    fields = _parse_fields(table, columns, notes)
     labels = [names[0] for names in fields["label"]]
     start, end = _times(table, fields)
-    root, paths = locate_files(table, audio_dir, fields["path"], labels, fields.get("fold"))
-    if root != path.parent and audio_dir is None:
-        notes.append(f"the audio is in {root}")
+    place = locate_files(table, audio_dir, fields["path"], labels, fields.get("fold"),
+                         fields.get("folder"))
+    notes += place.notes
+    if place.root != path.parent and audio_dir is None:
+        notes.append(f"the audio is in {place.root}")
 
-    rows = _distinct_rows(table, columns, fields, paths, start, end)
-    if len(rows) < len(paths):
-        notes.append(f"left out: {plural(len(paths) - len(rows), 'repeated row')}")
+    rows = _distinct_rows(table, columns, fields, place.paths, start, end)
+    if len(rows) < len(place.paths):
+        notes.append(f"left out: {plural(len(place.paths) - len(rows), 'repeated row')}")
     fields = {role: [values[row] for row in rows] for role, values in fields.items()}
     name = path.parent.parent.name if path.parent.name in ("meta", "metadata") else path.stem
-    group_source = f"column {table.header[columns['group']]}" if "group" in columns else None
-    return build_manifest(
-        name, root, [paths[row] for row in rows], [labels[row] for row in rows], notes,
+    sources = _sources(table, columns)
+    manifest = build_manifest(
+        name, place.root, [place.paths[row] for row in rows], [labels[row] for row in rows], notes,
         split=fields.get("split"), fold=fields.get("fold"), start=start[rows], end=end[rows],
-        group=fields.get("group"), group_source=group_source, label_names=_label_names(fields),
-        known_classes=known_classes)
+        group=fields.get("group"), group_source=sources.get("group"),
+        label_names=_label_names(fields), known_classes=known_classes)
+    manifest.sources = sources
+    return manifest
+
+
+def _sources(table, columns):
+    """{role: the column that decided it}; the times of a clip have the role "time"."""
+    sources = {role: f"column {table.header[i]}" for role, i in columns.index.items()}
+    if columns.times:
+        times = [f"{table.header[column.index]} as {role}"
+                 + ("" if column.seconds == 1 else f", in units of {column.seconds:g} s")
+                 for role, column in columns.times.items()]
+        sources["time"] = f"columns {', '.join(times)}"
+    return sources
 
 
 def _join_xeno_canto(table, audio_dir):
@@ -82,59 +89,6 @@ def _join_xeno_canto(table, audio_dir):
     return joined
 
 
-# ---- columns
-
-def _choose_columns(table):
-    """-> ({role: index of its column}, notes on the choice)."""
-    names = table.names
-    columns = {}
-    notes = []
-    for role, known_names in COLUMNS.items():
-        candidates = [names.index(name) for name in known_names.split() if name in names]
-        candidates = [i for i in candidates if any(row[i].strip() for row in table.rows)]
-        if role == "label":
-            candidates.sort(key=lambda i: _has_few_names(table, i))
-        if role == "group":
-            candidates = _usable_groups(table, candidates, notes)
-        if role in ("start", "end") and URBANSOUND_COLUMNS.issubset(names):
-            continue
-        if candidates:
-            i = candidates[0]
-            columns[role] = i
-            if names.count(names[i]) > 1:
-                raise DataError(f"{table.path}: the column {table.header[i]} occurs twice; remove "
-                                "one")
-        elif role in ("path", "label"):
-            raise DataError(f"{table.path} has no {role} column with anything in it among "
-                            f"{', '.join(table.header)}; name one of them {role}")
-    used = []
-    for role, i in columns.items():
-        used.append(table.header[i] if names[i] == role else f"{table.header[i]} as {role}")
-    return columns, ["columns used: " + ", ".join(used), *notes]
-
-
-def _has_few_names(table, column):
-    """Whether a column has fewer than two values that are not just numbers."""
-    values = {row[column] for row in table.rows}
-    return sum(not re.fullmatch(r"[\s\d.-]*", value) for value in values) < 2
-
-
-def _usable_groups(table, candidates, notes):
-    """The group columns of which no value fills more than half the rows, such as an archive's name.
-
-    A column called `group` is always used.
-    """
-    usable = []
-    for i in candidates:
-        value, n = Counter(row[i] for row in table.rows).most_common(1)[0]
-        if column_name(table.header[i]) != "group" and n > max(2, len(table.rows) / 2):
-            notes.append(f"column {table.header[i]} is not used as group: {n} of "
-                         f"{len(table.rows)} rows have {value or 'none'}")
-        else:
-            usable.append(i)
-    return usable
-
-
 # ---- fields
 
 def _parse_path(text):
@@ -144,62 +98,53 @@ def _parse_path(text):
 
 
 def _parse_fold(text):
-    if not re.fullmatch(r"\d{1,4}(\.0)?", text):
+    match = re.fullmatch(r"(?:fold[ _-]?)?(\d{1,4})(?:\.0)?", text.lower())
+    if match is None:
         raise ValueError
-    return int(float(text))
-
-
-def _parse_start(text):
-    return _seconds(text or "0")
-
-
-def _parse_end(text):
-    return _seconds(text) if text else float("nan")  # nan: the end of the file
-
-
-def _seconds(text):
-    seconds = float(text)
-    if not 0 <= seconds < MAX_SECONDS:
-        raise ValueError
-    return seconds
+    return int(match[1])
 
 
 # How to parse a field of each role, and what the field must be. Parsers raise ValueError or
 # KeyError.
 PARSERS = {
     "path": (_parse_path, "the path of a file"),
-    "split": (lambda text: SPLIT_WORDS[text.lower()],
-              "train, val or test, or remove the column"),
     "fold": (_parse_fold, "a whole number"),
-    "start": (_parse_start, "seconds from 0 up, such as 1.5"),
-    "end": (_parse_end, "seconds, such as 1.5"),
 }
 
 
-def _parse_fields(table, columns):
+def _parse_fields(table, columns, notes):
     """Parse the chosen columns: {role: value of each row}.
 
     "label" and "secondary label" are always there and have a tuple of names for each row. The other
     roles are there if the table has a column for them.
     """
     fields = {}
-    for role, i in columns.items():
+    for role, i in columns.index.items():
         texts = [row[i] for row in table.rows]
         fields[role] = texts if role == "path" else [text.strip() for text in texts]
     for role, (parse, wanted) in PARSERS.items():
         if role in fields:
-            fields[role] = _parse_column(table, columns[role], fields[role], parse, wanted)
+            fields[role] = _parse_column(table, columns.index[role], fields[role], parse, wanted)
+    if "split" in fields:
+        split_of = splits_of(set(fields["split"]))
+        fields["split"] = _parse_column(table, columns.index["split"], fields["split"],
+                                        split_of.__getitem__,
+                                        "train, val or test, or remove the column")
+    if "group" in fields:
+        fields["group"] = group_values(fields["group"])
+    for role in columns.times:
+        fields[role] = _parse_times(table, columns.times[role], role)
     for role in ("label", "secondary label"):
-        if role in columns:
-            fields[role] = _parse_names(fields[role], table.header[columns[role]])
+        if role in columns.index:
+            fields[role] = _parse_names(table, columns.index[role], fields[role], role, notes)
         else:
             fields[role] = [()] * len(table.rows)
     if () in fields["label"]:
         row = fields["label"].index(())
-        text = table.rows[row][columns["label"]].strip()
-        raise DataError(f"{table.path} row {table.numbers[row]}: "
-                        f"{table.header[columns['label']]} is {text!r}; make it the name of a "
-                        "class")
+        column = columns.index["label"]
+        text = table.rows[row][column].strip()
+        raise DataError(f"{table.path} row {table.numbers[row]}: {table.header[column]} is "
+                        f"{text!r}; make it the name of a class")
     return fields
 
 
@@ -214,22 +159,115 @@ def _parse_column(table, column, texts, parse, wanted):
     return values
 
 
-def _parse_names(texts, header):
+def _parse_times(table, column, role):
+    """Seconds of each row. An empty start is 0, an empty end or duration the end of the file."""
+    empty = 0.0 if role == "start" else float("nan")
+
+    def parse(text):
+        if not text:
+            return empty
+        seconds = parse_time(text, column)
+        if not 0 <= seconds < MAX_SECONDS:
+            raise ValueError
+        return seconds
+
+    texts = [row[column.index].strip() for row in table.rows]
+    unit = "seconds" if column.seconds == 1 else "a number"
+    wanted = f"{unit} from 0 up, such as 1.5" if role == "start" else f"{unit}, such as 1.5"
+    if any(map(is_clock_time, texts)):
+        wanted = ("seconds into the file, such as 90.5; if it is a time of day, call the column "
+                  "something else")
+    return _parse_column(table, column.index, texts, parse, wanted)
+
+
+# ---- labels
+
+def _parse_names(table, column, texts, role, notes):
     """A tuple of names for each cell; equal cells share one tuple, to save memory."""
-    may_be_list = re.sub(r"[ -]", "_", header.lower()) in LIST_COLUMNS
-    names_of = {text: _split_names(text, may_be_list) for text in set(texts)}
+    header = table.header[column]
+    decoded = {text: as_text(text) for text in set(texts)}
+    odd = [text for text in decoded.values() if text not in decoded]
+    foreign = [text for text in decoded if NOT_WESTERN.search(text)]
+    if foreign:
+        raise DataError(f"{table.path}: {header} {decoded[min(foreign)]!r} is in an encoding that "
+                        "is not known; save the table as CSV in UTF-8")
+    if odd:
+        notes.append(f"{header} is not UTF-8 and read as Windows-1252, e.g. {min(odd)}; if that is "
+                     "wrong, save the table as CSV in UTF-8")
+    cells = set(decoded.values())
+    if role == "label":
+        for row, text in enumerate(texts):
+            if text in MISSING:
+                raise DataError(f"{table.path} row {table.numbers[row]}: {header} is {text!r}, "
+                                "which stands for a missing value; remove the row, or give the "
+                                "class another name")
+    separators = ";|"
+    if _has_comma_lists(table, header, cells, role):
+        separators = ";|,"
+        if role == "label" and table.names[column] not in LIST_COLUMNS:
+            example = min(text for text in cells if "," in text)
+            notes.append(f"commas in {header} separate labels, e.g. {example}")
+    names_of = {text: _split_names(cell, separators) for text, cell in decoded.items()}
+    if role != "label":
+        names_of = {text: tuple(name for name in names if name not in MISSING)
+                    for text, names in names_of.items()}
     return [names_of[text] for text in texts]
 
 
-def _split_names(text, may_be_list):
-    """The distinct names in a cell: a;b or a|b; with `may_be_list` also a,b or ['a', "b"]."""
-    if may_be_list and re.fullmatch(r"\[.*\]", text, re.DOTALL):
+BRACKETS = re.compile(r"\[.*\]", re.DOTALL)
+QUOTED_LIST = re.compile(r"""\[\s*(['"].*)?\]""", re.DOTALL)
+
+
+def _has_comma_lists(table, header, cells, role):
+    """Whether commas in the cells of a label column separate names, or are part of names.
+
+    They separate if every name of a cell occurs in other cells as well. In columns called labels
+    they also do if nothing speaks against it. Raises DataError if it is not clear.
+    """
+    is_list_column = re.sub(r"\W+", "_", header.lower()) in LIST_COLUMNS or role != "label"
+    plain = {text for text in cells if not BRACKETS.fullmatch(text)}
+    with_comma = [text for text in plain if "," in text]
+    if not with_comma:
+        return is_list_column
+    if any(re.search("[;|]", text) for text in plain):  # the separator is another one
+        return False
+    pieces_of = {text: {name.strip() for name in text.split(",")} - {""} for text in plain}
+    cells_with = {}
+    for piece in chain.from_iterable(pieces_of.values()):
+        cells_with[piece] = cells_with.get(piece, 0) + 1
+    evident = [text for text in with_comma
+               if all(cells_with[piece] > 1 for piece in pieces_of[text])]
+    example = min(with_comma)
+    if is_list_column:
+        own = [text for text in with_comma if any(cells_with[piece] == 1
+                                                  for piece in pieces_of[text])]
+        if role == "label" and not evident and _n_repeated(table, header, own) > len(plain) / 4:
+            raise DataError(f"{table.path}: {header} {example!r} may be one name or several; call "
+                            "the column label for one name, or separate several with ;")
+        return True
+    if not evident:
+        return False
+    if len(evident) < len(with_comma) / 2:
+        raise DataError(f"{table.path}: {header} {min(evident)!r} looks like several labels, but "
+                        f"{min(set(with_comma) - set(evident))!r} like one; separate several "
+                        "labels with ;")
+    return True
+
+
+def _n_repeated(table, header, texts):
+    """How many of these cells occur in more than one row."""
+    column = table.header.index(header)
+    counts = Counter(row[column].strip() for row in table.rows)
+    return sum(counts[text] > 1 for text in texts)
+
+
+def _split_names(text, separators):
+    """The distinct names in a cell: a;b or a|b, ['a', "b"]; with a comma also a,b and [a, b]."""
+    if QUOTED_LIST.fullmatch(text) or ("," in separators and BRACKETS.fullmatch(text)):
         quoted_or_bare = r"'([^']*)'|\"([^\"]*)\"|([^\s,;|'\"][^,;|'\"]*)"
         names = [max(groups) for groups in re.findall(quoted_or_bare, text[1:-1])]
-    elif may_be_list:
-        names = re.split(r"[;|,]", text)
     else:
-        names = re.split(r"[;|]", text)
+        names = re.split(f"[{separators}]", text)
     return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
 
 
@@ -244,14 +282,31 @@ def _label_names(fields):
 def _times(table, fields):
     """Start and end of each row, (n,) float32 seconds; the end is nan if it is the file's end."""
     n = len(table.rows)
-    start = np.array(fields.get("start", np.zeros(n)), np.float32)
-    end = np.array(fields.get("end", np.full(n, np.nan)), np.float32)
+    start = np.array(fields.get("start", np.zeros(n)), np.float64)
+    if "duration" in fields:
+        end = start + np.array(fields["duration"], np.float64)
+    else:
+        end = np.array(fields.get("end", np.full(n, np.nan)), np.float64)
+    start, end = start.astype(np.float32), end.astype(np.float32)
     wrong = np.flatnonzero(end <= start)
     if len(wrong):
         row = wrong[0]
         raise DataError(f"{table.path} row {table.numbers[row]}: the clip ends at {end[row]:g} s, "
                         "not after its start; fix the row")
+    if "start" in fields and np.isnan(end).all():
+        _refuse_overlaps(table, fields["path"], start)
     return start, end
+
+
+def _refuse_overlaps(table, paths, start):
+    """Raise DataError if clips without an end begin at several times of one file."""
+    first = {}
+    for row, path in enumerate(paths):
+        other = first.setdefault(path, row)
+        if start[other] != start[row]:
+            raise DataError(f"{table.path} rows {table.numbers[other]} and {table.numbers[row]}: "
+                            f"two clips of {path} without an end, so they overlap; add a column "
+                            "end or duration")
 
 
 def _distinct_rows(table, columns, fields, paths, start, end):
@@ -265,7 +320,7 @@ def _distinct_rows(table, columns, fields, paths, start, end):
             continue
         for role in ("label", "split", "fold", "secondary label"):
             if role in fields and fields[role][row] != fields[role][first]:
-                raise _contradiction(table, columns[role], role, first, row)
+                raise _contradiction(table, columns.index[role], role, first, row)
     return rows
 
 

@@ -66,7 +66,7 @@ def cell_lists(run: Run, examples: Sequence[Example], folder: Path, root: Path |
         cell = cells.setdefault(f"{true[k]},{predicted[k]}", [])
         if len(cell) < MOST_PER_CELL and n_listed < MOST_CLIPS:
             path, start = run.clips[clips[k]]["path"], float(run.clips[clips[k]]["start"])
-            address = quote(os.fsencode(path))
+            address = quote(path.encode("utf-8", "surrogateescape"))
             derivable = root is None or address == quote(printable(path))
             shown = None if run.multi_label else round(float(confidence[k]), 3)
             cell.append([printable(path), shown, start or None, cards.get(int(clips[k])),

@@ -40,7 +40,7 @@ OUT_OF_RANGE = {
     "--max-bad-share": ["-0.1", "1.1", "nan"],
     "--seconds": ["0", "-1", "inf", "3601"],
     "--fold": ["x", "40000"],
-    "--folds": ["some"],
+    "--folds": ["some", "1", "21"],
     "--lr-head": ["nan", "-1", "101"],
     "--lr-backbone": ["inf", "x"],
     "--min-lr-ratio": ["-0.1", "1.1"],

@@ -121,13 +121,16 @@ def test_split_folders(tmp_path, val, test):
     assert any(note.startswith("splits are given by the folders") for note in manifest.notes)
 
 
-def test_split_names_beside_other_folders_or_without_train_are_classes(tmp_path):
+def test_incomplete_splits_are_refused_but_names_of_splits_may_be_classes(tmp_path):
     touch(tmp_path, "mixed/train/a/x.wav", "mixed/test/a/y.wav", "mixed/bus/z.wav",
-          "odd/val/a/x.wav", "odd/test/b/y.wav")
-    mixed = load_manifest(tmp_path / "mixed")
-    assert mixed.classes == ["bus", "test", "train"] and (mixed.split == -1).all()
-    assert len(mixed.notes) == 1 and "test, train" in mixed.notes[0]
-    assert load_manifest(tmp_path / "odd").classes == ["test", "val"]
+          "odd/val/a/x.wav", "odd/test/b/y.wav", "vehicles/train/a.wav", "vehicles/bus/b.wav",
+          "parts/valid/a.wav", "parts/invalid/b.wav")
+    assert_not_loaded("test, train look like splits, but bus", "CSV", tmp_path / "mixed")
+    assert_not_loaded("test, val look like splits", "call one train", tmp_path / "odd")
+    vehicles = load_manifest(tmp_path / "vehicles")
+    assert vehicles.classes == ["bus", "train"] and (vehicles.split == -1).all()
+    assert len(vehicles.notes) == 1 and "folders train are read as classes" in vehicles.notes[0]
+    assert load_manifest(tmp_path / "parts").classes == ["invalid", "valid"]
 
 
 # ---- refusals

@@ -39,9 +39,11 @@ def test_columns_with_other_names(tmp_path):
     assert np.isnan(manifest.end).tolist() == [True, False, True]
     assert groups_of(manifest) == {frozenset({"a.wav", "c.wav"}), frozenset({"b.wav"})}
     assert manifest.group_source == "column recordist"
-    assert manifest.notes == [
-        "columns used: fname as path, species as label, Subset as split, folds as fold, recordist "
-        "as group, onset as start, stop as end"]
+    assert manifest.sources == {
+        "path": "column fname", "label": "column species", "split": "column Subset",
+        "fold": "column folds", "group": "column recordist",
+        "time": "columns onset as start, stop as end"}
+    assert manifest.notes == []
 
 
 def test_label_columns_of_one_value_or_of_codes_come_last(tmp_path):
@@ -61,7 +63,7 @@ def test_empty_columns_are_not_used(tmp_path):
     touch(tmp_path, "a.wav", "b.wav")
     text = "path,label,split,fold,group,end\na.wav,x,,,,\nb.wav,y,,,,\n"
     manifest = load_manifest(write_table(tmp_path, text))
-    assert manifest.notes == ["columns used: path, label"]
+    assert manifest.sources == {"path": "column path", "label": "column label"}
     assert (manifest.split == -1).all() and manifest.fold is None
     assert manifest.group_source == "each file alone"
 
@@ -214,7 +216,9 @@ def test_tables_in_other_encodings(tmp_path):
     table.write_bytes("path,label\na.wav,x\nb.wav,y\n".encode("utf-16"))
     assert_not_loaded("is not UTF-8", "save it as CSV in UTF-8", table)
     table.write_bytes("path,label\na.wav,Möwe\nb.wav,y\n".encode("latin-1"))
-    assert load_manifest(table).classes == ["M\\udcf6we", "y"]
+    manifest = load_manifest(table)
+    assert manifest.classes == ["Möwe", "y"]
+    assert any("Windows-1252, e.g. Möwe" in note for note in manifest.notes)
     latin_1_path = os.fsencode(tmp_path) + b"/\xe9.wav"
     open(latin_1_path, "wb").close()
     table.write_bytes(b"path,label\n\xe9.wav,x\nb.wav,y\n")
@@ -236,9 +240,9 @@ def test_repeated_rows_are_left_out_with_a_note(tmp_path):
 def test_row_order_does_not_matter(tmp_path):
     rng = np.random.default_rng(0)
     touch(tmp_path, *(f"{i}.wav" for i in range(30)))
-    header = "id,path,label,start,group,fold,split"
-    rows = [f"{i},{i % 30}.wav,{'xyz'[i % 3]},{i // 30}.5,{i % 7},{i % 4},{['train', 'val'][i % 2]}"
-            for i in range(90)]
+    header = "id,path,label,start,end,group,fold,split"
+    rows = [f"{i},{i % 30}.wav,{'xyz'[i % 3]},{i // 30}.5,{i // 30 + 1},{i % 7},{i % 4},"
+            f"{['train', 'val'][i % 2]}" for i in range(90)]
     expected = load_manifest(write_table(tmp_path, "\n".join([header, *rows]))).to_dict()
     for _ in range(5):
         rng.shuffle(rows)
