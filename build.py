@@ -11,16 +11,18 @@ import flags
 from core.device.compiled import compile_for
 from core.device.memory import largest_batch
 from core.device.shared_memory import workers_that_fit
+from core.folds import cross_validate
 from core.learner import Learner
 from core.run import CheckpointError
 from core.run.checkpoint import as_checkpoint_error, load_checkpoint
+from core.run.folder import default_folder, reserve_folder
 from core.scoring import restore
 from core.scoring.given_data import count_seen
 from data.cache import WaveCache, choose_cache
 from data.clips import Batch, Clips
 from data.fingerprint import check_same_lengths, check_same_recordings, fingerprint
 from data.load import load_manifest
-from data.manifest import Manifest
+from data.manifest import DataError, Manifest
 from data.named import credit, find_data
 from data.old_split import OldRun
 from data.prepare import cache_folder, noise_recordings, prepare
@@ -225,3 +227,26 @@ def loading(args, device) -> dict:
 def reads_late(args, device) -> bool:
     """Whether results of a step are read one step later, so that the host never waits."""
     return device.type == "cuda" and not args.plain
+
+
+def run_folds(args, given: dict, main: Callable) -> int:
+    """--folds all or N: a run of train.py's `main` for each fold, in a folder of its own."""
+    if args.folds == "all":
+        data = find_data(args.data, cache_folder(args.cache_dir))
+        manifest = load_manifest(data, args.audio_dir)
+        if manifest.fold is None:
+            raise DataError(f"--data {args.data}: has no folds; give a number, such as --folds 5")
+        folds, n_folds = sorted(set(manifest.fold.tolist())), None
+    else:  # each run makes the same ones
+        n_folds = args.folds
+        folds = range(1, n_folds + 1)
+    name = default_folder(f"{Path(args.data).stem}-folds")
+    folder = Path(args.run_dir) if args.run_dir else reserve_folder(Path(name))
+    again = shlex.join(["python", "train.py",
+                        *flags.as_command_line(given | {"run_dir": str(folder)})])
+
+    def run_fold(fold, fold_folder):
+        own = {"folds": n_folds, "fold": fold, "run_dir": fold_folder, "resume": "auto"}
+        return main(flags.as_command_line(given | own), again)
+
+    return cross_validate(folds, folder, run_fold)

@@ -28,6 +28,7 @@ from build import (
     loading,
     open_clips,
     reads_late,
+    run_folds,
 )
 from core import describe
 from core.device.distributed import Distributed
@@ -36,20 +37,15 @@ from core.device.precision import choose_precision, pick_device
 from core.divergence import TrainingError, find_divergence
 from core.ema import EMA
 from core.exits import OK, TRAINING_FAILED, run_script
-from core.folds import cross_validate
 from core.learner import Learner
 from core.run import Run, StepResult, StopRequest
 from core.run.checkpoint import load_checkpoint
-from core.run.folder import default_folder, reserve_folder
 from core.scoring import Evaluation, calibration_of, evaluate, weights_of
 from core.scoring.report_page import write_report
 from core.smoke import smoke_test
 from data.augment import Augment
 from data.clips import Batch, Clips, TrainLoader, evaluation_batches
-from data.load import load_manifest
 from data.manifest import DataError
-from data.named import find_data
-from data.prepare import cache_folder
 from data.sampling import write_coverage
 from losses import balanced_alpha, build_loss, is_correct
 from metrics import HISTORY_COLUMNS, MONITORS, calibrate, point_metrics, predicted_classes
@@ -274,7 +270,7 @@ def main(argv: list[str] | None = None, resume_command: str | None = None) -> in
     """
     args, given = flags.parse(argv)
     if args.folds and args.fold is None:
-        return run_folds(args, given)
+        return run_folds(args, given, main)
     distributed = Distributed()
     stop = StopRequest(has_launcher=distributed.size > 1)
     device = pick_device(args.device, distributed.local_rank)
@@ -382,29 +378,6 @@ def test_best(args, run: Run, learner: Learner, loader: TrainLoader) -> None:
                            folder, "test", result, learner, clips, args.eval_batch_size, again))
         run.log.finish(run.progress.step, vars(args), metrics)
     print(f"written: {run.folder}\nnext: {again}")
-
-
-def run_folds(args, given) -> int:
-    """--folds all or N: a run for each fold, each in a folder of its own."""
-    if args.folds == "all":
-        data = find_data(args.data, cache_folder(args.cache_dir))
-        manifest = load_manifest(data, args.audio_dir)
-        if manifest.fold is None:
-            raise DataError(f"--data {args.data}: has no folds; give a number, such as --folds 5")
-        folds, n_folds = sorted(set(manifest.fold.tolist())), None
-    else:  # each run makes the same ones
-        n_folds = args.folds
-        folds = range(1, n_folds + 1)
-    name = default_folder(f"{Path(args.data).stem}-folds")
-    folder = Path(args.run_dir) if args.run_dir else reserve_folder(Path(name))
-    again = shlex.join(["python", "train.py",
-                        *flags.as_command_line(given | {"run_dir": str(folder)})])
-
-    def run_fold(fold, fold_folder):
-        own = {"folds": n_folds, "fold": fold, "run_dir": fold_folder, "resume": "auto"}
-        return main(flags.as_command_line(given | own), again)
-
-    return cross_validate(folds, folder, run_fold)
 
 
 if __name__ == "__main__":
