@@ -1,6 +1,8 @@
 """From flags to what a training run needs: recordings, model, clips, batch size."""
 import math
+import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,20 +10,31 @@ import torch
 import flags
 from core.device.compiled import compile_for
 from core.device.memory import largest_batch
+from core.device.shared_memory import workers_that_fit
 from core.learner import Learner
 from core.run import CheckpointError
 from core.run.checkpoint import as_checkpoint_error, load_checkpoint
 from core.scoring import restore
+from core.scoring.given_data import count_seen
 from data.cache import WaveCache, choose_cache
 from data.clips import Batch, Clips
+from data.fingerprint import check_same_lengths, check_same_recordings, fingerprint
+from data.load import load_manifest
 from data.manifest import Manifest
-from data.named import credit
+from data.named import credit, find_data
 from data.old_split import OldRun
 from data.prepare import cache_folder, noise_recordings, prepare
 from losses import SIGMOID_LOSSES
 from model.ast import AST
 from model.frontend import build_frontend
-from model.pretrained import load_pretrained
+from model.pretrained import check_available, load_pretrained
+
+
+def check_weights(args) -> None:
+    """Find out now, before a long scan, if the weights cannot be had."""
+    fallback = (f"python train.py --data {shlex.quote(args.data)} --weights none --size tiny "
+                "--lr-backbone 5e-4 --recipe best")
+    check_available(args.weights, fallback)
 
 
 def load_data(args, checkpoint, distributed) -> tuple[Manifest, list[tuple[str, str]]]:
@@ -30,13 +43,17 @@ def load_data(args, checkpoint, distributed) -> tuple[Manifest, list[tuple[str, 
         manifest, bad_files = distributed.on_first_rank(lambda: prepare(
             args.data, args.audio_dir, args.fold, args.min_clips, args.max_bad_share, args.scan,
             args.seed, args.cache_dir, multi_label=args.loss in SIGMOID_LOSSES,
-            n_folds=args.folds, old=old_run(args)))
+            truncated=args.truncated, n_folds=args.folds, old=old_run(args)))
     else:
         with as_checkpoint_error(checkpoint.path):
             manifest = Manifest.from_dict(checkpoint["manifest"])
             bad_files = [(path, reason) for path, reason in checkpoint["bad_files"]]
             if manifest.multi_label and args.loss not in SIGMOID_LOSSES:
                 raise ValueError("its clips have several labels, which its loss cannot learn")
+            started = tuple(checkpoint["flags"].get(name) for name in ("data", "audio_dir"))
+        if (args.data, args.audio_dir) != started or not manifest.root.is_dir():
+            manifest.root = distributed.on_first_rank(
+                lambda: moved_root(args, manifest, checkpoint))
     for line in credit(manifest.root):
         print(f"  {line}")
     counts = ", ".join(f"{len(manifest.rows(split))} {split}" for split in ("train", "val", "test"))
@@ -64,6 +81,28 @@ def old_run(args) -> OldRun | None:
         return OldRun(flag, Manifest.from_dict(checkpoint["manifest"]), bool(args.split_from))
 
 
+def moved_root(args, manifest, checkpoint) -> Path:
+    """Where the recordings of a resumed run are now. Raises DataError if --data has others."""
+    data = args.data
+    if data != "demo":
+        data = find_data(data, cache_folder(args.cache_dir))
+        moved = replace(manifest, root=load_manifest(data, args.audio_dir).root)
+        known = checkpoint["fingerprint"]
+        with as_checkpoint_error(checkpoint.path):
+            if known is None:
+                check_same_lengths(moved, data)
+            else:
+                check_same_recordings(moved, known, data)
+        print(f"data: the same recordings, now in {moved.root}")
+        return moved.root
+    return manifest.root
+
+
+def fingerprint_of(manifest: Manifest, checkpoint) -> dict | None:
+    """What the recordings are, for a checkpoint; a resumed run keeps what it was started with."""
+    return fingerprint(manifest) if checkpoint is None else checkpoint["fingerprint"]
+
+
 def build_model(args, manifest, checkpoint, device, distributed):
     """(model, front end, where the weights come from): new, pretrained or from the checkpoint."""
     torch.manual_seed(args.seed)
@@ -75,14 +114,37 @@ def build_model(args, manifest, checkpoint, device, distributed):
         frontend = build_frontend(flags.frontend_config(args)).to(device)
         weights = f"none (random, seed {args.seed})"
         if args.weights != "none":
-            report = distributed.on_first_rank(lambda: load_pretrained(
-                model, args.weights, own_reader=load_checkpoint, frontend=frontend.config))
+            report, leaks = distributed.on_first_rank(
+                lambda: _load_weights(args.weights, model, frontend, manifest))
             model.set_grid(report.columns)  # on ranks that have not loaded the weights
+            manifest.notes += leaks
             weights = f"{report.source}, sha256 {report.sha256}"
-            print("\n".join(report.lines()))
+            print("\n".join([*report.lines(), *(f"  {line}" for line in leaks)]))
     model.to(device).checkpointing = args.checkpointing
     distributed.broadcast_parameters(model)
     return model, frontend, weights
+
+
+def _load_weights(source, model, frontend, manifest):
+    """Load pretrained weights -> (report, lines on test clips that they have seen)."""
+    checkpoints = []
+
+    def read_own(path):
+        checkpoints.append(load_checkpoint(path))
+        return checkpoints[0]
+
+    report = load_pretrained(model, source, own_reader=read_own, frontend=frontend.config,
+                             classes=manifest.classes)
+    leaks = []
+    for checkpoint in checkpoints:
+        with as_checkpoint_error(checkpoint.path):
+            earlier = Manifest.from_dict(checkpoint["manifest"])
+            test = manifest.rows("test")
+            n_seen = count_seen(earlier, manifest, test)
+        if n_seen:
+            leaks.append(f"LEAK: {n_seen} of {len(test)} test clips were used to train or select "
+                         f"the weights {source}: the test results are too good")
+    return report, leaks
 
 
 def open_clips(args, manifest, learner) -> Clips:
@@ -149,7 +211,15 @@ def loading(args, device) -> dict:
     """How batches are loaded: worker processes, and page-locked memory for a GPU."""
     is_cuda = device.type == "cuda"
     default = min(8, torch.get_num_threads()) if is_cuda else 0
-    return {"workers": default if args.workers < 0 else args.workers, "pin": is_cuda}
+    workers = default if args.workers < 0 else args.workers
+    if workers:
+        n_samples = round(args.seconds * flags.frontend_config(args).sample_rate)
+        clip_bytes = 4 * n_samples * (2 if args.noise_p else 1)
+        n_micro_batches = math.ceil(args.effective_batch / args.batch_size)
+        training = workers_that_fit(workers, args.batch_size * clip_bytes, n_micro_batches)
+        scoring = workers_that_fit(workers, args.eval_batch_size * clip_bytes, 1)
+        workers = min(training, scoring)
+    return {"workers": workers, "pin": is_cuda}
 
 
 def reads_late(args, device) -> bool:

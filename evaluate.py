@@ -5,38 +5,42 @@ The checkpoint says what the model, the front end, the classes and the split are
 import argparse
 import os
 import shlex
-import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow the rest
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not spin
+from util import require_working_directory
+
+require_working_directory()
 import numpy as np
 import torch
 
 from core.device.precision import choose_precision, pick_device
-from core.exits import INVALID_INPUT, print_error, run_script
+from core.exits import parse_args, run_script
 from core.run.checkpoint import Checkpoint, as_checkpoint_error, load_checkpoint
 from core.scoring import Scorer, calibration_of, evaluate, find_checkpoint, restore
+from core.scoring.given_data import (
+    READINGS,
+    choose_reading,
+    compare_with_run,
+    other_data,
+    own_data,
+)
 from core.scoring.report_page import write_report
 from data.cache import WaveCache
 from data.clips import Clips, evaluation_batches
+from data.files import find_outage
 from data.load import load_manifest
 from data.manifest import SPLITS, DataError, Manifest
 from data.named import credit, find_data
 from data.prepare import cache_folder
-from data.scan import scan
 from losses import SIGMOID_LOSSES, build_loss
 from report.results import result_lines, write_results
 from util import summarize
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=(__doc__ or "").split("\n")[0])
 
-    def error(message):
-        print_error(f"{message} (see --help)")
-        sys.exit(INVALID_INPUT)
-
-    parser.error = error
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint; a bare name is looked up in the newest run "
         "under runs/")
@@ -45,12 +49,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", help="other data with the same classes, or the same data in another place; as "
         "for train.py")
     add("--audio-dir", help="folder that the paths of a CSV given with --data are relative to")
+    add("--data-is", choices=READINGS, help="how to read --data: same = the run's own data, with "
+        "its split; other = score every clip (default: decided by what is in the files)")
     add("--out", help="folder for the results (default: <run folder>/<split>)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="precision")
     add("--batch-size", type=int, default=16, help="tiles at a time")
     add("--workers", type=int, default=0, help="processes that decode audio beside this one")
-    args = parser.parse_args(argv)
+    args = parse_args(parser, argv)
     if args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: must be at least 1")
     if args.workers < 0:
@@ -70,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     with as_checkpoint_error(path):
         cache_root = cache_folder(checkpoint["flags"]["cache_dir"])
     data = args.data and find_data(args.data, cache_root)
-    manifest, rows, split, notes = evaluation_data(checkpoint, data, args.audio_dir, args.split)
+    manifest, rows, split, notes = evaluation_data(checkpoint, data, args.audio_dir, args.split,
+                                                   args.data_is)
     notes += [f"  {line}" for line in credit(manifest.root)]
     print("\n".join(notes))
     with as_checkpoint_error(path):
@@ -79,6 +86,11 @@ def main(argv: list[str] | None = None) -> int:
     batches = evaluation_batches(clips, rows, args.batch_size, args.workers,
                                  pin=device.type == "cuda")
     result = evaluate(scorer, batches, manifest, rows, progress_title=split)
+    failed = {manifest.paths[row]: reason for row, reason in result.broken.items()}
+    outage = find_outage(manifest.root, failed, manifest.paths)
+    if outage:
+        raise DataError(f"the data are not there: {outage}; bring them back, or give their folder "
+                        "with --data")
     for row, reason in list(result.broken.items())[:10]:
         print(f"  left out: {manifest.paths[row]}: {reason}")
     if len(result.rows) == 0:
@@ -101,7 +113,8 @@ def same_command(args, path):
     words = ["python", "evaluate.py", "--ckpt", str(path)]
     if args.split != "test":
         words.append(f"--split={args.split}")
-    for flag, value in (("data", args.data), ("audio-dir", args.audio_dir), ("out", args.out)):
+    for flag, value in (("data", args.data), ("audio-dir", args.audio_dir),
+                        ("data-is", args.data_is), ("out", args.out)):
         if value is not None:
             words.append(f"--{flag}={value}")
     return shlex.join(words)
@@ -125,8 +138,8 @@ def restore_loss(checkpoint: Checkpoint, device: torch.device) -> torch.nn.Modul
 
 # --- which clips ---
 
-def evaluation_data(checkpoint: Checkpoint, data: str | None, audio_dir: str | None, split: str
-                    ) -> tuple[Manifest, np.ndarray, str, list[str]]:
+def evaluation_data(checkpoint: Checkpoint, data: str | None, audio_dir: str | None, split: str,
+                    data_is: str | None = None) -> tuple[Manifest, np.ndarray, str, list[str]]:
     """The clips to evaluate: (manifest with the checkpoint's classes, rows, split, notes)."""
     with as_checkpoint_error(checkpoint.path):
         manifest = Manifest.from_dict(checkpoint["manifest"])
@@ -134,13 +147,17 @@ def evaluation_data(checkpoint: Checkpoint, data: str | None, audio_dir: str | N
             raise ValueError("the classes of its manifest are not its own")
         if manifest.multi_label and checkpoint["loss"]["name"] not in SIGMOID_LOSSES:
             raise ValueError("its clips have several labels, which its loss cannot learn")
+        known_bad = frozenset(path for path, _ in checkpoint["bad_files"])
+        if manifest.duration is None:
+            raise ValueError("its manifest has no lengths")
+    notes = [f"data: {manifest.root}, the split made in training"]
     if data is not None:
-        other = load_manifest(data, audio_dir, manifest.classes)
-        known = set(manifest.paths)
-        if np.mean([path in known for path in other.paths]) <= 0.5:
-            return other_data(other, manifest.classes, manifest.multi_label)
-        # The training data in another place. Its split stays, or training clips would be tested.
-        manifest.root = other.root
+        given = load_manifest(data, audio_dir, manifest.classes)
+        compared = compare_with_run(manifest, given, known_bad)
+        if choose_reading(compared, data_is) == "other":
+            manifest, notes = other_data(manifest, compared)
+            return manifest, np.arange(len(manifest)), "all", notes
+        manifest, notes = own_data(manifest, compared)
     rows = manifest.rows(split)
     if len(rows) == 0:
         present = [name for name in SPLITS if len(manifest.rows(name))]
@@ -149,36 +166,7 @@ def evaluation_data(checkpoint: Checkpoint, data: str | None, audio_dir: str | N
     if not any(manifest.file(row).exists() for row in rows):
         raise DataError(f"{manifest.file(rows[0])}: the run's recordings are not there any more; "
                         "give their folder with --data")
-    return manifest, rows, split, [f"data: {manifest.root}, the split made in training"]
-
-
-def other_data(other: Manifest, classes: list[str], multi_label: bool
-               ) -> tuple[Manifest, np.ndarray, str, list[str]]:
-    """Map the labels of other data to the checkpoint's classes; use all clips that can be read."""
-    unknown = [name for name in other.classes if name not in classes]
-    if unknown:
-        raise DataError(f"--data: classes that the checkpoint does not know: {summarize(unknown)}; "
-                        f"it knows {summarize(classes)}; rename them or leave them out")
-    if multi_label and not other.multi_label:
-        other = other.with_label_sets([((int(label),), ()) for label in other.labels])
-    elif not multi_label and other.multi_label:
-        if any(len(positives) > 1 for positives, _ in other.label_sets):
-            raise DataError(f"--data {other.root}: has clips with several labels, but the "
-                            "checkpoint was trained on clips with one; give clips with one label, "
-                            "or a checkpoint trained with several")
-        other = other.single_label()
-    found = scan(other, None, full=False)
-    readable = np.flatnonzero(found.ok)
-    if len(readable) == 0:
-        raise DataError(f"--data {other.root}: none of the {len(other)} files can be read; the "
-                        f"first: {other.paths[0]}: {found.reasons[0]}")
-    index = [classes.index(name) for name in other.classes]
-    manifest = other.select(readable).with_classes(classes, index)
-    manifest.duration = found.duration[readable]
-    notes = [f"data: {other.root}, all {len(readable)} clips (not the training data)"]
-    if len(readable) < len(other):
-        notes.append(f"  {len(other) - len(readable)} unreadable files are left out")
-    return manifest, np.arange(len(readable)), "all", notes
+    return manifest, rows, split, notes
 
 
 if __name__ == "__main__":

@@ -16,28 +16,30 @@ import io
 import json
 import logging
 import os
-import sys
 import tempfile
 import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow the rest
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not spin
+from util import require_working_directory
+
+require_working_directory()
 import numpy as np
 import torch
 from safetensors.torch import save
 from torch import nn
 
 from core.divergence import TrainingError
-from core.exits import INVALID_INPUT, print_error, run_script
+from core.exits import parse_args, run_script
 from core.run.checkpoint import Checkpoint, as_checkpoint_error, load_checkpoint
 from core.scoring import calibration_of, find_checkpoint, is_multi_label, restore
 from data.manifest import Manifest
 from model.ast import AST
 from model.frontend import Fbank, FrontendConfig
 from model.pretrained import load_pretrained, to_hub
-from report.card import model_card, usage_code
+from report.card import DESCRIBED, model_card, usage_code
 from util import InputError, fsync_path
 
 DEFAULT_OUT = {"hf": "hf", "onnx": "model.onnx", "torch": "model.pt2"}  # in the run folder
@@ -85,17 +87,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="export.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def error(message):
-        print_error(f"{message} (see --help)")
-        sys.exit(INVALID_INPUT)
-
-    parser.error = error
     parser.add_argument("--ckpt", required=True, help="checkpoint; a bare name is looked up in the "
                         "newest run under runs/")
     parser.add_argument("--to", required=True, choices=list(DEFAULT_OUT), help="format")
     parser.add_argument("out", nargs="?", help="folder (hf) or file to write; an older export "
                         "there is replaced (default: hf, model.onnx, model.pt2 in the run folder)")
-    return parser.parse_args(argv)
+    return parse_args(parser, argv)
 
 
 # --- what is exported ---
@@ -237,9 +234,11 @@ def write_hf(folder: Path, checkpoint: Checkpoint, info: dict, model: AST, front
     if is_audioset(config):
         write_ascii_json(folder / "preprocessor_config.json", hf_preprocessor(config, info))
     else:
+        advice = "README.md has the Python lines that compute the model's input"
+        if config.kind not in DESCRIBED:
+            advice = "README.md cannot describe it; --to onnx and --to torch include it"
         print("no preprocessor_config.json: transformers has no feature extractor for this front "
-              f"end ({config.kind}, {config.fmin:g} to {config.fmax:g} Hz); README.md has the "
-              "Python lines that compute the model's input")
+              f"end ({config.kind}, {config.fmin:g} to {config.fmax:g} Hz); {advice}")
     print(f"the temperature {info['temperature']:g} is in config.json; transformers does not apply "
           "it, README.md shows how")
     with as_checkpoint_error(checkpoint.path):
@@ -290,12 +289,12 @@ def is_audioset(config: FrontendConfig) -> bool:
 
 def read_back(folder: Path, model: AST) -> AST:
     """The model in the folder, with one eps for all norms as in transformers."""
-    other = AST(replace(model.config, drop_path=0.0)).eval()
-    load_pretrained(other, folder, keep_head=True)
-    for module in other.modules():
+    loaded = AST(replace(model.config, drop_path=0.0)).eval()
+    load_pretrained(loaded, folder, keep_head=True)
+    for module in loaded.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = 1e-6
-    return other
+    return loaded
 
 
 def write_ascii_json(path: Path, value: dict) -> None:

@@ -1,12 +1,11 @@
 """The flags of train.py: one line each, with default, range and help; the recipes; resuming."""
 import argparse
 import math
-import os
 import re
-import sys
 from collections.abc import Callable
 
-from core.exits import INVALID_INPUT, print_error
+from core.device.distributed import launched_as
+from core.exits import parse_args
 from core.run import CheckpointError, RunError
 from core.run.checkpoint import Checkpoint, SaveTimer
 from data.cache import CACHES
@@ -28,13 +27,15 @@ RECIPES = {
                  effective_batch=4, lr_backbone=8e-4, lr_head=8e-4, weight_decay=5e-2,
                  freq_mask=15, time_mask=35, mixup_alpha=0.4, mixup_p=0.3, shift_p=1.0),
 }
-# Flags that may change when a run is resumed: where and how fast it runs, not what comes out.
+# Flags that may change when a run is resumed: where it runs, and what it does in case of trouble.
 FREE_ON_RESUME = {
     "resume", "run_dir", "workers", "device", "tensorboard", "eval_batch_size", "save_every",
     "max_skips", "on_divergence", "max_bad_share", "cache_dir",
+    "data", "audio_dir",  # they may have moved; their content is compared
 }
 SIZES = {"tiny": ASTConfig.tiny, "small": ASTConfig.small, "base": ASTConfig.base}
 DEFAULT_EFFECTIVE_BATCH = 32
+MAX_PARAMETERS = 3e9  # of the model; AST-base has 86 million
 
 
 # --- types: what a flag's text must be ---
@@ -153,6 +154,7 @@ def _add_data_flags(add):
         "added (default: the run of --weights, if it has such clips)", metavar="RUN")
     add("--min-clips", 1, count(1), "leave out classes with fewer clips")
     add("--max-bad-share", 0.05, SHARE, "largest share of unreadable files to start with")
+    add("--truncated", "use", ["use", "refuse"], "use what decodes of truncated recordings, or not")
     add("--scan", "auto", ["auto", "full", "headers"], "decode every file once before training, or "
         "read headers only (auto: full up to 5,000 files)")
     add("--seconds", 4.0, number(0.1, 3600), "length of a training crop and an evaluation tile")
@@ -224,7 +226,8 @@ def _add_model_flags(add):
 
 def _add_run_flags(add):
     add("--resume", None, None, "continue the run in --run-dir (default: the newest); auto: or "
-        "start a new one; or continue from a FILE", nargs="?", const="newest")
+        "start a new one; or continue from a FILE; --data may name where its recordings are now",
+        nargs="?", const="newest")
     add("--save-every", "10m", save_interval, "save within an epoch, too: 500 (steps), 10m "
         "(minutes), 0 (never)")
     add("--max-skips", 10, count(1), "abort after this many consecutive non-finite steps")
@@ -237,7 +240,7 @@ def _add_speed_flags(add):
     add("--device", "auto", str, "auto, cpu, cuda, cuda:N")
     add("--amp", "auto", ["auto", "bf16", "fp16", "off"], "mixed precision")
     add("--eval-batch-size", 16, count(1), "tiles at once in evaluation")
-    add("--workers", -1, count(-1, 1024), "processes that decode audio (-1: one per core, at most "
+    add("--workers", -1, count(-1, 256), "processes that decode audio (-1: one per core, at most "
         "8, with a GPU; 0 without)")
     add("--cache", "auto", CACHES, "where decoded audio is kept, rounded to 16 bits: disk, ram, "
         "device (GPU), off; auto: the GPU or the disk if there is room")
@@ -259,19 +262,13 @@ def parse(argv: list[str] | None = None, source: str = "") -> tuple[argparse.Nam
     source: put before the message, for flags that do not come from the command line.
     """
     parser, defaults = build_parser()
-
-    def error(message):
-        print_error(f"{source}{message} (see --help)")
-        sys.exit(INVALID_INPUT)
-
-    parser.error = error
-    given = vars(parser.parse_args(argv))
+    given = vars(parse_args(parser, argv, source))
     is_demo = given.get("data", "demo") == "demo"
     recipe = given.get("recipe") or ("demo" if is_demo else "baseline")
     args = argparse.Namespace(**(defaults | RECIPES[recipe] | given | {"recipe": recipe}))
     problem = fit_together(args, given)
     if problem:
-        error(problem)
+        parser.error(problem)
     return args, given
 
 
@@ -289,7 +286,9 @@ def fit_together(args: argparse.Namespace, given: dict) -> str | None:
     if args.effective_batch != multiple:
         return (f"--effective-batch {args.effective_batch}: not a multiple of --batch-size {size}; "
                 f"use {multiple}")
-    n_processes = int(os.environ.get("WORLD_SIZE", 1))
+    n_processes = launched_as()[1]
+    if args.smoke and n_processes > 1:
+        return "--smoke: excludes torchrun; try it with one process"
     return _fold_problem(args, n_processes) or _other_problem(args)
 
 
@@ -339,6 +338,10 @@ def _geometry_problem(args):
         config = model_config(args, n_classes=2)
     except ValueError as error:
         return str(error)
+    n_parameters = 12 * config.depth * config.dim**2  # of the blocks
+    if n_parameters > MAX_PARAMETERS:
+        return (f"--dim {config.dim} --depth {config.depth}: about {n_parameters / 1e9:.0f} "
+                "billion parameters, more than this program can train; lower them")
     frames = frontend.frames(round(args.seconds * frontend.sample_rate))
     if frames < config.patch:
         enough = config.patch * frontend.hop_length / frontend.sample_rate + 0.05
@@ -349,7 +352,8 @@ def _geometry_problem(args):
 
 def model_config(args: argparse.Namespace, n_classes: int) -> ASTConfig:
     """The model that the flags describe; ValueError if they do not fit together."""
-    changes = {"dim": args.dim, "depth": args.depth, "heads": args.heads}
+    changes = {"dim": args.dim, "depth": args.depth, "heads": args.heads,
+               "n_mels": frontend_config(args).n_mels}
     changes = {name: value for name, value in changes.items() if value is not None}
     return SIZES[args.size](n_classes, drop_path=args.drop_path, **changes)
 
@@ -386,7 +390,7 @@ def resumed(args: argparse.Namespace, given: dict, checkpoint: Checkpoint) -> ar
     for name, value in given.items():
         if name in FREE_ON_RESUME:
             started[name] = value
-        elif started[name] != getattr(args, name) and value != "auto":
+        elif started[name] != getattr(args, name) and value != "auto":  # auto: whatever it was
             raise RunError(f"--{name.replace('_', '-')} {value}: the run was started with "
                            f"{started[name]}; leave the flag out, or start a new run with "
                            f"--weights {checkpoint.path}")

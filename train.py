@@ -10,25 +10,37 @@ import contextlib
 import math
 import os
 import shlex
-import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow the rest
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not spin
+from util import require_working_directory
+
+require_working_directory()
 import torch
 
 import flags
-from build import build_model, fit_to_device, load_data, loading, open_clips, reads_late
+from build import (
+    build_model,
+    check_weights,
+    fingerprint_of,
+    fit_to_device,
+    load_data,
+    loading,
+    open_clips,
+    reads_late,
+)
 from core import describe
 from core.device.distributed import Distributed
 from core.device.memory import is_out_of_memory, peak_memory_mb
 from core.device.precision import choose_precision, pick_device
 from core.divergence import TrainingError, find_divergence
 from core.ema import EMA
-from core.exits import run_script
+from core.exits import OK, TRAINING_FAILED, run_script
 from core.folds import cross_validate
 from core.learner import Learner
 from core.run import Run, StepResult, StopRequest
 from core.run.checkpoint import load_checkpoint
+from core.run.folder import default_folder, reserve_folder
 from core.scoring import Evaluation, calibration_of, evaluate, weights_of
 from core.scoring.report_page import write_report
 from core.smoke import smoke_test
@@ -46,7 +58,8 @@ from report import pictures
 from report.results import result_lines, write_results
 from sched import RelativeSchedule
 
-ROLLBACK_FACTOR, MAX_ROLLBACKS = 0.5, 5
+ROLLBACK_FACTOR = 0.5  # learning rates are multiplied by this at a rollback
+MAX_ROLLBACKS = 5
 
 
 # --- one optimizer step ---
@@ -55,12 +68,12 @@ def train_step(learner: Learner, micro_batches: list[Batch], epoch: int,
                n_clips: int | None = None) -> StepResult:
     """One optimizer step: the gradient of the mean loss over all clips of the micro-batches.
 
-    n_clips: how many there are over all ranks. The result is the same on all ranks, and need not
-    have been computed yet on a GPU.
+    n_clips: how many there are over all ranks (default: there is one rank). The result is the same
+    on all ranks, and need not have been computed yet on a GPU.
     """
     n_clips = n_clips or sum(len(batch.rows) for batch in micro_batches)
     scaler, lrs = learner.precision.scaler, learner.lrs()
-    scale = scaler.scale(torch.ones((), device=learner.device))
+    loss_scale = scaler.scale(torch.ones((), device=learner.device))  # update() may change it
     sums, losses = accumulate_or_split(learner, micro_batches, epoch, n_clips)
     learner.distributed.sum_gradients(learner.model.parameters())
     loss_sum, n_correct = learner.distributed.sum_tensor(sums)
@@ -73,7 +86,7 @@ def train_step(learner: Learner, micro_batches: list[Batch], epoch: int,
     learner.schedule.step(is_finite)
     if learner.ema:
         learner.ema.update(is_finite)
-    numbers = torch.stack([loss_sum, n_correct, grad_norm, is_finite, scale])
+    numbers = torch.stack([loss_sum, n_correct, grad_norm, is_finite, loss_scale])
     return StepResult(numbers, losses, n_clips, lrs)
 
 
@@ -142,7 +155,7 @@ def train_epoch(args, run: Run, learner: Learner, loader: TrainLoader, epoch: in
         n_clips = sum(len(batch.rows) for batch in micro_batches)
         # Summed over the ranks, so that all of them decide alike.
         n_clips, n_broken, stop, save = ranks.all_reduce_sum(
-            n_clips, len(broken), int(run.stop.requested), int(run.save_due))
+            n_clips, len(broken), int(run.stop.requested), int(run.is_save_due()))
         if n_broken:
             run.report_unreadable(broken, learner)
         if stop:
@@ -150,7 +163,7 @@ def train_epoch(args, run: Run, learner: Learner, loader: TrainLoader, epoch: in
         if save:
             run.save(learner)
         if n_clips == 0:
-            run.skip_step()
+            run.pass_over_step()
             continue
         run.add_step(train_step(learner, micro_batches, epoch, n_clips))
     run.read_pending_steps()
@@ -180,9 +193,9 @@ def evaluate_split(args, run: Run, learner: Learner, clips: Clips, split: str) -
 
 
 def validate(args, run: Run, learner: Learner, clips: Clips) -> tuple[dict, int]:
-    """Evaluate the validation clips -> (row of history.csv, number of clips)."""
+    """Evaluate and calibrate on the validation clips -> (row of history.csv, number of clips)."""
     result = evaluate_split(args, run, learner, clips, "val")
-    run.calibration = calibrate(result.scores, result.labels)
+    run.calibration = calibrate(result.scores, result.labels, clips.manifest.group[result.rows])
     predicted = None
     if clips.manifest.multi_label:  # at thresholds that were fitted on these very clips
         predicted = predicted_classes(result.scores, run.calibration)
@@ -212,11 +225,14 @@ def end_epoch(args, run: Run, learner: Learner, row: dict, n_clips: int) -> None
     divergence = find_divergence(run.progress.accuracies, n_clips)
     if divergence:
         run.event("diverged", divergence)
-        if args.on_divergence == "rollback":
-            roll_back(run, learner)
-    run.save(learner)
-    if is_best:
+    if is_best:  # saved before a rollback changes the weights
+        run.save(learner)
         run.link_best()
+    rolls_back = divergence is not None and args.on_divergence == "rollback"
+    if rolls_back:
+        roll_back(run, learner)
+    if rolls_back or not is_best:
+        run.save(learner)
     if learner.distributed.is_first:
         pictures.curves(run.folder / "history.csv", run.folder / "curves.png", args.monitor)
     if divergence and args.on_divergence == "stop":
@@ -237,34 +253,42 @@ def epoch_line(args, run, row, is_best):
 
 def roll_back(run, learner):
     """Go back to the best epoch's weights and moments, with lower learning rates from here on."""
-    if learner.schedule.scale <= ROLLBACK_FACTOR**MAX_ROLLBACKS:
+    if learner.schedule.scale <= ROLLBACK_FACTOR**MAX_ROLLBACKS:  # each rollback multiplies it
         raise TrainingError(f"diverged again after {MAX_ROLLBACKS} rollbacks; {run.best_note()}; "
                             "the data or the labels are the likelier cause")
     best = learner.distributed.on_first_rank(lambda: load_checkpoint(run.folder / "best.pt"))
     learner.load_best(best)
     learner.schedule.rescale(ROLLBACK_FACTOR)
-    run.progress.accuracies = best["progress"]["accuracies"][-1:]  # the reference from here on
+    # find_divergence compares with the best epoch from here on.
+    run.progress.accuracies = best["progress"]["accuracies"][-1:]
     run.event("rollback", f"to epoch {run.progress.best_epoch}, all learning rates x "
                           f"{learner.schedule.scale:g} from here on")
 
 
 # --- the run ---
 
-def main(argv: list[str] | None = None) -> int:
-    """Train, validate and test one run -> exit code. Errors are raised; see core/exits.py."""
+def main(argv: list[str] | None = None, resume_command: str | None = None) -> int:
+    """Train, validate and test one run -> exit code. Errors are raised; see core/exits.py.
+
+    resume_command: what to print when the run is interrupted, if it is part of something larger.
+    """
     args, given = flags.parse(argv)
     if args.folds and args.fold is None:
         return run_folds(args, given)
-    stop, distributed = StopRequest(), Distributed()
+    distributed = Distributed()
+    stop = StopRequest(has_launcher=distributed.size > 1)
     device = pick_device(args.device, distributed.local_rank)
     distributed.start(device)
     run, checkpoint = Run.open(args.run_dir, args.resume, Path(args.data).stem, distributed, stop)
+    run.command = resume_command
     if checkpoint is not None:
         args = flags.resumed(args, given, checkpoint)
         device = pick_device(args.device, distributed.local_rank)
+    if checkpoint is None:
+        distributed.on_first_rank(lambda: check_weights(args))
     manifest, bad_files = load_data(args, checkpoint, distributed)
     learner, loss, weights = build_learner(args, manifest, checkpoint, device, distributed)
-    args.batch_size = fit_to_device(args, learner, accumulate)
+    args.batch_size = fit_to_device(args, learner, accumulate)  # tries passes of rising size
     clips = open_clips(args, manifest, learner)
     loader = TrainLoader(clips, manifest.rows("train"), args.batch_size, args.effective_batch,
                          args.seed, sampler=args.sampler, **loading(args, device))
@@ -272,12 +296,13 @@ def main(argv: list[str] | None = None) -> int:
     describe.print_steps(learner, loader)
     describe.print_sampler(loader, args.sampler)
     if args.smoke:
-        n_val = sum(len(clips.tiles(row)) for row in manifest.rows("val"))
+        n_val_tiles = sum(len(clips.tiles(row)) for row in manifest.rows("val"))
         passed = smoke_test(learner, loader.steps(0), lambda step: train_step(learner, step, 0),
-                            len(loader.rows), n_val, args.epochs, len(bad_files))
-        return 0 if passed else 3
+                            len(loader.rows), n_val_tiles, args.epochs, len(bad_files))
+        return OK if passed else TRAINING_FAILED
     if checkpoint is None:
         info = describe.run_info(learner, loader, weights, vars(args), len(bad_files))
+        # --resume auto may find the folder of a run that died before its first checkpoint.
         run.create(manifest, bad_files, info, may_exist=args.resume is not None)
         if distributed.is_first:
             describe.draw_start(learner, loader, run.folder)
@@ -287,22 +312,27 @@ def main(argv: list[str] | None = None) -> int:
     constant = {  # parts of the checkpoint that stay the same
         "config": learner.model.config.to_dict(), "frontend": learner.frontend.config.to_dict(),
         "clip": {"samples": clips.samples, "short": args.short}, "classes": manifest.classes,
+        "fingerprint": fingerprint_of(manifest, checkpoint),
         "loss": loss, "weights": weights, "flags": vars(args)}
     run.begin(manifest, bad_files, constant, save_every=args.save_every, max_skips=args.max_skips,
               max_bad_share=args.max_bad_share, read_late=reads_late(args, device),
               tensorboard=args.tensorboard)
-    for epoch in range(run.progress.epoch, args.epochs):
-        if run.progress.epochs_without_improvement >= args.patience:
-            print(f"early stop: {args.patience} epochs without a better {args.monitor}")
-            break
-        train_epoch(args, run, learner, loader, epoch)
-        end_epoch(args, run, learner, *validate(args, run, learner, clips))
-    test(args, run, learner, loader)
-    return 0
+    checkpoint = None  # free its memory
+    with run.guarded(learner):
+        for epoch in range(run.progress.epoch, args.epochs):
+            if run.progress.epochs_without_improvement >= args.patience:
+                print(f"early stop: {args.patience} epochs without a better {args.monitor}")
+                break
+            train_epoch(args, run, learner, loader, epoch)
+            end_epoch(args, run, learner, *validate(args, run, learner, clips))
+    with run.guarded():
+        test_best(args, run, learner, loader)
+    return OK
 
 
 def build_learner(args, manifest, checkpoint, device, distributed) -> tuple[Learner, dict, str]:
     """The learner, the settings of its loss, and where its weights come from."""
+    # A resumed run keeps its precision, which --amp auto measures, unless the device is another.
     same_device = checkpoint is not None and checkpoint["device"] == device.type
     amp = checkpoint["amp"] if same_device else args.amp
     precision = distributed.on_first_rank(lambda: choose_precision(device, amp))
@@ -313,7 +343,9 @@ def build_learner(args, manifest, checkpoint, device, distributed) -> tuple[Lear
     model, frontend, weights = build_model(args, manifest, checkpoint, device, distributed)
     train_rows = manifest.rows("train")
     counts = manifest.select(train_rows).counts()
-    alpha = {"none": None, "balanced": balanced_alpha(counts).tolist()}.get(args.alpha, args.alpha)
+    alpha = None if args.alpha == "none" else args.alpha
+    if alpha == "balanced":
+        alpha = balanced_alpha(counts).tolist()
     loss = {"name": args.loss, "gamma": args.gamma, "alpha": alpha, "tau": args.logit_adjust,
             "label_smoothing": args.label_smoothing, "frequency": counts.tolist()}
     groups = parameter_groups(model, args.lr_backbone, args.lr_head, args.weight_decay,
@@ -330,7 +362,7 @@ def build_learner(args, manifest, checkpoint, device, distributed) -> tuple[Lear
     return learner, loss, weights
 
 
-def test(args, run: Run, learner: Learner, loader: TrainLoader) -> None:
+def test_best(args, run: Run, learner: Learner, loader: TrainLoader) -> None:
     """Evaluate best.pt on the test clips and write results and report."""
     path, folder, clips = run.folder / "best.pt", run.folder / "test", loader.clips
     again = f"python evaluate.py --ckpt {shlex.quote(str(path))}"
@@ -363,12 +395,15 @@ def run_folds(args, given) -> int:
     else:  # each run makes the same ones
         n_folds = args.folds
         folds = range(1, n_folds + 1)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = Path(args.run_dir or f"runs/{stamp}-{Path(args.data).stem}-folds")
+    folder = Path(args.run_dir or default_folder(f"{Path(args.data).stem}-folds"))
+    if not args.run_dir:
+        folder = reserve_folder(folder)
+    again = shlex.join(["python", "train.py",
+                        *flags.as_command_line(given | {"run_dir": str(folder)})])
 
     def run_fold(fold, fold_folder):
         own = {"folds": n_folds, "fold": fold, "run_dir": fold_folder, "resume": "auto"}
-        return main(flags.as_command_line(given | own))
+        return main(flags.as_command_line(given | own), again)
 
     return cross_validate(folds, folder, run_fold)
 

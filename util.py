@@ -1,12 +1,27 @@
 """Small helpers that every layer may import. Standard library only."""
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
+
+# errno of an OSError that disks, connections to them, permissions or paths cause; others are bugs
+DISK_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+    errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO,
+    errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNABORTED, errno.ECONNRESET,
+    errno.ESHUTDOWN, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG,
+    errno.ELOOP, errno.EBUSY, errno.ETXTBSY, errno.ENOLCK, errno.EINVAL, errno.ESPIPE,
+}
+# errno of an operation that a file system does not have, such as chmod on FAT
+UNSUPPORTED = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP,
+               errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.ENOTTY}
+_told = set()  # what was said to be unsupported
 
 
 class InputError(ValueError):
@@ -18,6 +33,17 @@ class InputError(ValueError):
 
     def __init__(self, message: object):
         super().__init__(printable(message))
+
+
+def require_working_directory() -> None:
+    """End with exit code 2 if the working directory is gone. Call it before importing torch, whose
+    libraries would end the process with a line of their own."""
+    try:
+        os.getcwd()
+    except OSError:
+        print("error: the working directory is gone; change to another with cd, then give the same "
+              "command again", file=sys.stderr)
+        sys.exit(2)
 
 
 def printable(text: object) -> str:
@@ -35,6 +61,24 @@ def summarize(names: Iterable[object], most: int = 5) -> str:
 def plural(number: int, noun: str) -> str:
     """"1 clip", "2,000 clips"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Whether an error is the fault of a disk, its connection, permissions or a path."""
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS
+
+
+@contextlib.contextmanager
+def if_supported(operation: str) -> Iterator[None]:
+    """Do without an operation that the file system does not have; say so once."""
+    try:
+        yield
+    except (NotImplementedError, OSError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in UNSUPPORTED:
+            raise
+        if operation not in _told:
+            _told.add(operation)
+            print(f"note: this file system has no {operation}; going on without it", flush=True)
 
 
 def sha256_of(path: str | os.PathLike) -> str:
@@ -62,8 +106,10 @@ def atomic_write(path: str | os.PathLike, mode: str = "w", durable: bool = True
             yield file
             if durable:
                 file.flush()
-                os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
+                with if_supported("syncing of files"):
+                    os.fsync(file.fileno())
+        with if_supported("permissions of files"):
+            os.chmod(temporary, 0o644)  # mkstemp makes it private
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -80,8 +126,9 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 def fsync_path(path: str | os.PathLike) -> None:
     """Make the bytes of a file, or the names in a folder, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with if_supported("syncing of files and folders"):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -6,6 +6,7 @@ import torch
 
 from core.learner import Learner
 from core.run.folder import describe_machine
+from data.bandwidth import describe_unheard
 from data.clips import Clips, TrainLoader
 from data.sampling import SAMPLERS, quotas
 from data.splits import split_hash
@@ -27,6 +28,8 @@ def print_model(learner: Learner, clips: Clips, weights: str) -> None:
           f"{n_parameters(learner.model) / 1e6:.1f}M parameters, weights {weights}")
     print(f"  input ({config.n_mels}, {frames}) from {clips.samples / clips.rate:g} s at "
           f"{clips.rate} Hz; {rows} x {columns} patches + 2 = {rows * columns + 2} tokens")
+    for line in describe_unheard(clips.manifest, frontend.fmax, frontend.kind):
+        print(f"  {line}")
 
 
 def print_steps(learner: Learner, loader: TrainLoader) -> None:

@@ -79,6 +79,7 @@ def overfit(learner: Learner, spec: torch.Tensor, target: torch.Tensor, steps: i
         if is_learnt or time.perf_counter() > deadline:
             break
     model.load_state_dict(before)
+    optimizer.zero_grad(set_to_none=True)  # or the next step would add to these gradients
     return losses[0], losses[-1], accuracy, sorted(bad_names)
 
 

@@ -2,166 +2,135 @@
 
 soundfile (libsndfile) decodes WAV, FLAC, OGG, MP3 and its other formats; soxr resamples. A file
 that cannot be read raises AudioError with the reason. Nothing replaces missing samples.
+
+A file is what decodes, not what its header says: memory and time are bounded by what it has.
 """
 import math
 import os
-import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
-import soundfile as sf
 import soxr
+
+from .audio_file import (
+    BLOCK,
+    AccessError,
+    AudioError,
+    AudioFile,
+    AudioInfo,
+    TruncatedError,
+    block_frames_for,
+    open_audio,
+    raise_if_not_accessible,
+    with_messages,
+)
+
+__all__ = ["AccessError", "AudioError", "AudioFile", "AudioInfo", "TruncatedError"]
 
 AUDIO_SUFFIXES = frozenset({
     ".wav", ".wave", ".w64", ".rf64", ".flac", ".ogg", ".oga", ".opus", ".mp3",
     ".aif", ".aiff", ".aifc", ".au", ".caf",
 })
-BLOCK = 1 << 20  # frames decoded at a time, so that a false header cannot exhaust the memory
-SAMPLE_CHUNKS = {b"RIFF": ("little", b"data"), b"FORM": ("big", b"SSND")}  # WAV and AIFF
-UNKNOWN_LENGTH = 0xFFFFFFFF  # in the header of a WAV that was written to a pipe
-HEADER_SLACK = 64  # bytes: some writers include the header in the length
+MAX_RESAMPLED_AT_ONCE = 1 << 28  # samples, 1 GB
 MAX_LEVEL = 1e10  # integers stored as floats reach 2e9; the square of 1e19 overflows float32
 MP3_SLACK = 4 * 1152  # samples: without a length header, the length of an MP3 is an estimate
-SOUNDFILE_ERRORS = (sf.SoundFileError, RuntimeError, OSError, ValueError)
-
-
-class AudioError(ValueError):
-    """The reason why a file cannot be used. The caller adds the name of the file."""
-
-
-@dataclass(frozen=True)
-class AudioInfo:
-    rate: int  # Hz
-    frames: int  # samples per channel, according to the header
-    channels: int
-    format: str  # of libsndfile, such as "WAV PCM_16"
-
-    @property
-    def seconds(self) -> float:
-        return self.frames / self.rate
-
-
-def open_audio(path: str | os.PathLike) -> sf.SoundFile:
-    """Open a file and check its header. Raises AudioError."""
-    raw = os.fsencode(path)  # a file name need not be UTF-8
-    try:
-        status = os.stat(raw)
-    except OSError as error:
-        raise AudioError(f"cannot be opened: {error.strerror}") from None
-    if not stat.S_ISREG(status.st_mode):  # opening a FIFO would wait for ever
-        raise AudioError("not a regular file")
-    if status.st_size == 0:
-        raise AudioError("empty file (0 bytes)")
-    try:
-        file = sf.SoundFile(raw)
-    except (*SOUNDFILE_ERRORS, TypeError) as error:
-        raise AudioError(f"not readable as audio: {_reason(error)}") from None
-    try:
-        _check_header(file, raw)
-    except AudioError:
-        file.close()
-        raise
-    return file
-
-
-def _check_header(file, raw):
-    """Raise AudioError if the header is impossible or declares more samples than the file has."""
-    if not 100 <= file.samplerate <= 10_000_000 or file.channels < 1:
-        raise AudioError(f"impossible header: {file.samplerate} Hz, {file.channels} channels")
-    if file.frames <= 0:
-        raise AudioError("no samples")
-    declared, present = _sample_bytes(raw)
-    # libsndfile silently shortens such a file to the samples that are present.
-    if declared != UNKNOWN_LENGTH and declared > present + HEADER_SLACK:
-        raise AudioError(f"truncated: the header declares {declared} bytes of samples, "
-                         f"the file has {present}")
-
-
-def _sample_bytes(raw):
-    """Bytes of samples that the header of a WAV or AIFF declares, and bytes that are present.
-
-    (0, 0) for other formats.
-    """
-    try:
-        with open(raw, "rb") as file:
-            byte_order, sample_chunk = SAMPLE_CHUNKS.get(file.read(12)[:4], (None, None))
-            if sample_chunk is None:
-                return 0, 0
-            while len(head := file.read(8)) == 8:
-                size = int.from_bytes(head[4:], byte_order)
-                if head[:4] == sample_chunk:
-                    return size, os.fstat(file.fileno()).st_size - file.tell()
-                file.seek(size + size % 2, os.SEEK_CUR)  # chunks are padded to an even length
-    except OSError as error:
-        raise AudioError(f"cannot be read: {error.strerror}") from None
-    return 0, 0
-
-
-def _reason(error):
-    """The message of an exception on one line."""
-    text = getattr(error, "error_string", None) or str(error) or type(error).__name__
-    return " ".join(text.split()).rstrip(".")
-
-
-def info_of(file: sf.SoundFile) -> AudioInfo:
-    return AudioInfo(file.samplerate, file.frames, file.channels, f"{file.format} {file.subtype}")
+# Two channels of independent noise have a mean of half their energy; this is 17 dB less.
+CANCELLED = 0.01
+MIN_CANCELLED = 256  # frames: in a shorter block it may be chance
 
 
 def probe(path: str | os.PathLike) -> AudioInfo:
     """Read the header without decoding. Raises AudioError."""
     with open_audio(path) as file:
-        return info_of(file)
+        return file.info()
 
 
 def check(path: str | os.PathLike) -> AudioInfo:
-    """Decode the whole file, block by block. Raises AudioError if anything is wrong with it."""
+    """Decode the whole file, block by block. Its `frames` are those that decode.
+
+    Raises AudioError if nothing decodes or a sample is impossible.
+    """
+    done, energy, mean_energy = 0, 0.0, 0.0
     with open_audio(path) as file:
-        for _ in _decode(file, file.frames, BLOCK):
-            pass
-        return info_of(file)
+        try:
+            for block in _decode(file, file.frames, BLOCK):
+                done += len(block)
+                if file.channels == 2:
+                    energy += float(np.square(block, dtype=np.float64).mean(axis=1).sum())
+                    mean_energy += float(np.square(block.mean(axis=1), dtype=np.float64).sum())
+        except TruncatedError:
+            raise_if_not_accessible(os.fsencode(path))
+            if done == 0 or not file.seekable:  # such codecs give noise at a damaged place
+                raise
+            declared = file.declared
+        else:  # an MP3 may decode to fewer frames than its header estimates
+            declared = file.declared if file.declared > file.frames else done
+        opposite = mean_energy < CANCELLED * energy
+        return AudioInfo(file.rate, done, file.channels, file.format, declared, opposite,
+                         tuple(file.messages))
 
 
-def decode_mono(file: sf.SoundFile, frames: int, block_frames: int = BLOCK) -> Iterator[np.ndarray]:
+def decode_mono(
+    file: AudioFile, frames: int, block_frames: int = BLOCK, required: int | None = None
+) -> Iterator[np.ndarray]:
     """Yield the next `frames` frames as blocks (k,) float32: the mean of the channels.
 
+    required: frames without which the file is truncated; default: all, but for the slack of MP3s.
     Raises AudioError if the file ends too early, cannot be decoded, or has impossible samples.
     """
-    for block in _decode(file, frames, block_frames):
-        yield block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]
+    for block in _decode(file, frames, block_frames, required):
+        yield _to_mono(block)
 
 
-def _decode(file, frames, block_frames):
+def _to_mono(block):
+    """The mean of the channels (k,); one of two channels if they cancel each other."""
+    if block.shape[1] == 1:
+        return block[:, 0]
+    mono = block.mean(axis=1)
+    if block.shape[1] != 2 or len(block) < MIN_CANCELLED:
+        return mono
+    energies = np.einsum("kc,kc->c", block, block, dtype=np.float64)
+    if np.dot(mono, mono) >= CANCELLED * energies.mean():
+        return mono
+    # Always the same channel if it has a signal, so that neighbouring blocks fit together.
+    strongest = int(energies.argmax())
+    channel = 0 if energies[0] >= energies[strongest] / 2 else strongest
+    return block[:, channel]
+
+
+def _decode(file, frames, block_frames, required=None):
     """Like `decode_mono`, but the blocks are (k, channels)."""
+    if required is None:
+        required = max(1, frames - (MP3_SLACK if file.is_mpeg else 0))
+    block_frames = block_frames_for(block_frames, file.channels)
     done = 0
     while done < frames:
         requested = min(block_frames, frames - done)
-        block = _read_block(file, requested, done)
+        block, problem = _read_block(file, requested, done)
         done += len(block)
         if len(block):
             yield block
         if len(block) < requested:  # the end of the file
-            slack = MP3_SLACK if "MP" in file.format + file.subtype else 0
-            if done == 0 or frames - done > slack:
-                raise AudioError(f"truncated: the header declares {frames} samples, "
-                                 f"the file has {done}")
+            if done < required:
+                problem = problem or (f"truncated: the header declares {frames} samples, "
+                                      f"the file has {done}")
+                raise TruncatedError(with_messages(problem, file.messages))
             return
 
 
 def _read_block(file, frames, done):
-    """Decode up to `frames` frames and check that they are finite and not too loud."""
-    try:
-        block = file.read(frames, dtype="float32", always_2d=True)
-    except (*SOUNDFILE_ERRORS, MemoryError) as error:
-        seconds = (file.tell() if file.seekable() else done) / file.samplerate
-        raise AudioError(f"decoding fails after {seconds:.1f} s: {_reason(error)}") from None
+    """Decode up to `frames` frames and check them. -> (block, why it is short or None)."""
+    block, problem = file.read(frames)
+    if problem:
+        seconds = (done + len(block)) / file.rate
+        problem = f"decoding fails after {seconds:.1f} s: {problem}"
     lowest, highest = block.min(initial=0), block.max(initial=0)
     if not (np.isfinite(lowest) and np.isfinite(highest)):
         raise AudioError("has samples that are not finite (NaN or infinity)")
     peak = max(-lowest, highest)
     if peak > MAX_LEVEL:
         raise AudioError(f"has a sample of {peak:.1g}; full scale is 1")
-    return block
+    return block, problem
 
 
 def length_at(info: AudioInfo, rate: int) -> int:
@@ -199,36 +168,48 @@ def read(
     Returns (samples,) float32. Raises AudioError.
     """
     with open_audio(path) as file:
-        source = file.samplerate
-        start, end = clip_range(length_at(info_of(file), rate), start, length, rate)
+        source = file.rate
+        start, end = clip_range(length_at(file.info(), rate), start, length, rate)
         margin = 0 if source == rate else 128 * max(1, source // rate)
         # Cut where samples of both rates coincide, so that the resampler sees the same phase.
         step = source // math.gcd(source, rate)
         first = max(0, (start * source // rate - margin) // step * step)
         last = min(file.frames, math.ceil(end * source / rate) + margin)
-        if not file.seekable():  # such as GSM and G.721 in WAV: decode from the beginning
+        if not file.seekable:  # such as GSM and G.721 in WAV: decode from the beginning
             first = 0
-        wave = _decode_range(file, first, last)
+        # Only the clip must be there, not the margin; all of it, but for rounding. To the end of a
+        # truncated file is to the end of what decodes.
+        needed = min(last, end * source // rate) - first - source // 100
+        required = max(1, needed - (MP3_SLACK if file.is_mpeg else 0)) if length else 1
+        if not file.seekable and not length:
+            required = last - first
+        wave = _decode_range(file, first, last, required)
     if source == rate:
         offset = start - first
     else:
         offset = start - first * rate // source
-        wave = soxr.resample(wave, source, rate, quality="HQ")
+        wave = _resample(wave, source, rate)
     wave = wave[offset:offset + end - start]
     if len(wave) == 0:
         raise AudioError("truncated: no samples are left after resampling")
     return np.ascontiguousarray(wave, dtype=np.float32)
 
 
-def _decode_range(file, first, last):
-    """Mono samples (last - first,) of an open file; an MP3 may give fewer."""
+def _resample(wave, source, rate):
+    """soxr in one go, or in pieces if that would take several copies of a large wave."""
+    if len(wave) <= MAX_RESAMPLED_AT_ONCE:
+        return soxr.resample(wave, source, rate, quality="HQ")
+    resampler = soxr.ResampleStream(source, rate, 1, dtype="float32", quality="HQ")
+    pieces = [resampler.resample_chunk(wave[begin:begin + BLOCK], last=begin + BLOCK >= len(wave))
+              for begin in range(0, len(wave), BLOCK)]
+    return np.concatenate(pieces)
+
+
+def _decode_range(file, first, last, required):
+    """Mono samples of an open file: (last - first,), or fewer but at least `required`."""
     if first:
-        try:
-            file.seek(first)
-        except (sf.SoundFileError, RuntimeError) as error:
-            seconds = first / file.samplerate
-            raise AudioError(f"cannot seek to {seconds:.1f} s: {_reason(error)}") from None
-    blocks = list(decode_mono(file, last - first))
+        file.seek(first)
+    blocks = list(decode_mono(file, last - first, required=required))
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
 

@@ -122,12 +122,16 @@ class Augment:
         highest = np.where(lowpass, nyquist * 2 / 3, 1000.0)
         cutoff = lowest * (highest / lowest) ** u[:, 2]  # (B,) Hz
 
-        hz = np.fft.rfftfreq(wave.shape[1], 1 / self.sample_rate)
-        ratio = (hz[None, :] / cutoff[:, None]) ** 4
-        response = np.where(lowpass[:, None], 1.0, np.sqrt(ratio)) / np.sqrt(1 + ratio)
-        response[u[:, 0] >= self.filter_p] = 1.0
-        spectrum = torch.fft.rfft(wave) * _on_device(response, wave)
-        return torch.fft.irfft(spectrum, wave.shape[1])
+        numbers = np.stack([cutoff, lowpass, u[:, 0] < self.filter_p])[:, :, None]  # (3, B, 1)
+        samples, seconds = wave.shape[1], 1 / self.sample_rate  # of a clip, of a sample
+        if wave.device.type == "cpu":
+            hz = np.fft.rfftfreq(samples, seconds)
+            response = torch.from_numpy(_filter_response(hz, *numbers))
+        else:  # computed there: the whole response would be a large copy, which the host waits for
+            hz = torch.fft.rfftfreq(samples, seconds, dtype=torch.float64, device=wave.device)
+            numbers = torch.from_numpy(numbers).to(wave.device, non_blocking=True)
+            response = _filter_response(hz, *numbers)
+        return torch.fft.irfft(torch.fft.rfft(wave) * response.float(), samples)
 
     def mixup(
         self, wave: torch.Tensor, target: torch.Tensor, epoch: int, clip_ids: ArrayLike
@@ -180,6 +184,16 @@ def _on_device(values, like):
     if tensor.is_floating_point():
         tensor = tensor.float()
     return tensor.to(like.device, non_blocking=True)
+
+
+def _filter_response(hz, cutoff, is_lowpass, is_filtered):
+    """Magnitudes of second-order Butterworth filters, (B, frequencies) float64; 1 for no filter.
+
+    hz: (frequencies,); the others (B, 1), flags as 0 or 1. All are arrays or all are tensors.
+    """
+    ratio = (hz / cutoff) ** 4
+    response = (is_lowpass + (1 - is_lowpass) * ratio ** 0.5) / (1 + ratio) ** 0.5
+    return is_filtered * response + (1 - is_filtered)
 
 
 def _quietest_eighth(noise):

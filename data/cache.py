@@ -109,7 +109,7 @@ class WaveCache:
             self._last = clip
             if self.write:
                 self._save(clip, raw)
-        first, end = clip_range(len(clip.samples), start, length, self.rate)
+        first, end = self._range(len(clip.samples), start, length)
         return clip.samples[first:end], clip.scale
 
     def _load(self, entry, source, start, length):
@@ -132,13 +132,23 @@ class WaveCache:
                 if _checksum(source, scale, samples) != checksum:
                     return None
                 self._verified.add(entry_key)
-            first, end = clip_range(n_samples, start, length, self.rate)
+            first, end = self._range(n_samples, start, length)
             part = os.pread(handle, 2 * (end - first), HEADER.size + 2 * first)
             return np.frombuffer(part, np.int16), scale
         except OSError:
             return None
         finally:
             os.close(handle)
+
+    def _range(self, n_samples, start, length):
+        """First sample and end of a part of a clip that has decoded to `n_samples`.
+
+        The clip as a whole is sound, so a part ends with it at the latest: an MP3 may decode to
+        some samples fewer than its header says.
+        """
+        if length is not None:
+            length = min(length, max(1, n_samples - start))
+        return clip_range(n_samples, start, length, self.rate)
 
     def _save(self, clip, raw):
         """Write the entry of a clip. If that fails, write no more entries."""

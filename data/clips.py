@@ -9,6 +9,7 @@ The crop of a clip depends on (seed, epoch, clip id) only, and the order of an e
 (seed, epoch) only. So neither the number of workers nor an interruption changes a run.
 """
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -23,6 +24,8 @@ from .cache import MAX_SECONDS, InMemoryClips, WaveCache
 from .clip_rng import Purpose, uniform
 from .manifest import Manifest
 from .sampling import SAMPLERS, epoch_order, epoch_steps
+
+HANGS_SECONDS = 900  # a worker that gives no batch for so long is given up
 
 
 class CropKey(NamedTuple):
@@ -202,7 +205,7 @@ class Clips(Dataset):
             rows,
             broken,
             cache_problem=self.cache.problem if self.cache else None,
-            noise=None if noise is None else noise[torch.from_numpy(readable)],
+            noise=None if noise is None else noise.index_select(0, _indices(readable, noise)),
             clip_ids=clip_ids[readable],
         )
 
@@ -254,8 +257,8 @@ class Clips(Dataset):
         # A broken noise row gives no noise; it is reported when it comes as a clip.
         waves, readable, _ = source._waves(rows[noisy], starts[noisy])
         noise = waves.new_zeros(len(clip_ids), self.samples)
-        noise[torch.from_numpy(np.flatnonzero(noisy)[readable])] = waves
-        return noise
+        noisy[noisy] = readable
+        return noise.index_copy_(0, _indices(noisy, noise), waves)
 
     def _read(self, row, start, length):
         """(length,) float32 of a row, from `start` on."""
@@ -264,6 +267,14 @@ class Clips(Dataset):
             return read(file, self.rate, begin + start, length)
         samples, scale = self.cache.read(file, begin, total, start, length)
         return samples * np.float32(scale)
+
+
+def _indices(mask, like):
+    """Indices of the true values of a mask (B,), on the device of `like`.
+
+    A mask, or indices on the host, would make the host wait for the device.
+    """
+    return torch.from_numpy(np.flatnonzero(mask)).to(like.device, non_blocking=True)
 
 
 def activity(wave: np.ndarray, block: int) -> np.ndarray:
@@ -293,6 +304,35 @@ def _ignore_signals(worker_id):
         signal.signal(signum, signal.SIG_IGN)
 
 
+class WorkerError(RuntimeError):
+    """A worker process has died or hangs."""
+
+
+class _Loader(DataLoader):
+    """A DataLoader that says so with a WorkerError if a worker dies, between two batches."""
+
+    def __iter__(self):
+        batches = super().__iter__()
+        if self.num_workers and threading.current_thread() is threading.main_thread():
+            # PyTorch's handler would raise in the middle of a step. Without it the loader finds
+            # out within seconds, when it is asked for the next batch.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+                reason = " ".join(str(error).split())[:120] or type(error).__name__
+                is_own = not isinstance(error, RuntimeError) or "DataLoader" in reason
+                if not self.num_workers or not is_own or reason.startswith("Caught "):
+                    raise  # "Caught": raised by the code in the worker
+                raise WorkerError(
+                    f"a process that decodes audio has ended ({reason}), perhaps because memory "
+                    "or shared memory ran out; use fewer --workers") from None
+            yield batch
+
+
 class TrainLoader:
     """The micro-batches of training, by epoch and optimizer step."""
 
@@ -314,13 +354,14 @@ class TrainLoader:
         self.batch_size = batch_size
         self.effective_batch = effective_batch
         self._keys = []  # of all micro-batches to load; replaced for each epoch, the workers stay
-        self._loader = DataLoader(
+        self._loader = _Loader(
             clips,
             batch_sampler=_ListSampler(self._keys),
             collate_fn=_unchanged,
             num_workers=workers,
             pin_memory=pin,
             persistent_workers=workers > 0,
+            timeout=HANGS_SECONDS if workers else 0,
             worker_init_fn=_ignore_signals,
         )
 
@@ -378,11 +419,12 @@ def evaluation_batches(
     batches = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
     if clips.in_memory is not None:
         return map(clips.batch, batches)
-    return DataLoader(
+    return _Loader(
         clips,
         batch_sampler=batches,
         collate_fn=_unchanged,
         num_workers=workers,
         pin_memory=pin,
+        timeout=HANGS_SECONDS if workers else 0,
         worker_init_fn=_ignore_signals,
     )

@@ -8,7 +8,7 @@ from util import plural, summarize
 
 from .audio import AUDIO_SUFFIXES
 from .build import build_manifest
-from .files import SYSTEM_FOLDERS, find_audio, suffix
+from .files import SYSTEM_FOLDERS, IgnoredFiles, count_suffixes, find_audio, suffix
 from .folder_layout import find_layout, refuse_selection_tables
 from .folder_words import NOISE_FOLDERS, is_unlabelled, splits_of
 from .manifest import DataError, Manifest
@@ -43,9 +43,7 @@ def load_folder(folder: Path) -> Manifest:
                  and not is_unlabelled(top)]
         if empty:
             notes.append(f"folders without audio: {summarize(empty, 20)}")
-    if ignored:
-        notes.append(f"left out: {plural(sum(ignored.values()), 'file')} without an audio suffix "
-                     f"({_count_suffixes(ignored)})")
+    notes += ignored.describe(paths)
     notes += [f"{name} is not read; give it as --data to use it"
               for name in names if suffix(name) == ".csv"]
     # interned: one string per class
@@ -102,11 +100,11 @@ def _listed_splits(folder, paths):
 
 def _list_folder(folder):
     """-> (all names, folders, audio files beside them, audio paths in them, other suffixes)."""
-    ignored = Counter()
+    ignored = IgnoredFiles()
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
         is_folder = {name: os.path.isdir(folder / name) for name in names}
-        tops = [name for name in names if is_folder[name] and name not in SYSTEM_FOLDERS]
+        tops = [name for name in names if is_folder[name] and name.lower() not in SYSTEM_FOLDERS]
         paths = [path for top in tops for path in find_audio(folder, top, ignored)]
     except OSError as error:
         raise DataError(f"--data {error.filename}: {error.strerror}; make it readable or remove "
@@ -126,14 +124,9 @@ def _refuse_without_clips(folder, paths, loose, ignored):
             f"folder per class, such as {folder}/dog/a.wav, or give a CSV with the columns "
             "path,label")
     raise DataError(
-        f"--data {folder} contains no audio (other files: {_count_suffixes(ignored) or 'none'}); "
+        f"--data {folder} contains no audio (other files: {count_suffixes(ignored) or 'none'}); "
         "give a folder with one folder per class and files in "
         f"{' '.join(sorted(AUDIO_SUFFIXES))}")
-
-
-def _count_suffixes(counts):
-    """"1 without suffix, 2 .jpg"."""
-    return ", ".join(f"{n} {kind or 'without suffix'}" for kind, n in sorted(counts.items()))
 
 
 def _read_words(path):

@@ -12,11 +12,13 @@ import numpy as np
 from util import InputError
 
 SPLITS = ("train", "val", "test")
+MAX_DURATION, MAX_TOTAL_DURATION = 1e6, 1e8  # seconds of a clip and of all: 11 days, 3 years
 
 # The columns of a manifest and the type of each.
 COLUMN_TYPES = {
     "labels": np.int32, "start": np.float32, "end": np.float32, "group": np.int32,
     "split": np.int8, "fold": np.int16, "duration": np.float32, "label_set": np.int32,
+    "content": np.int64,
 }
 
 
@@ -67,6 +69,7 @@ class Manifest:
     label_set: np.ndarray | None = None  # (n,) int32 index into label_sets; None: single label
     label_sets: list[LabelSet] = field(default_factory=list)  # distinct sets
     sources: dict[str, str] = field(default_factory=dict)  # {"label": "column species"} and so on
+    content: np.ndarray | None = None  # (n,) int64 key of each file (data/content.py), or unknown
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -198,7 +201,8 @@ class Manifest:
         The dict may come from a file that somebody else wrote. Raises ValueError, TypeError,
         KeyError, AttributeError or OverflowError if it is not valid.
         """
-        fields = {"label_set": None, "label_sets": [], "sources": {}, **plain}  # or they are older
+        later = {"label_set": None, "label_sets": [], "content": None, "sources": {}}
+        fields = {**later, **plain}  # older checkpoints lack some
         fields["root"] = Path(plain["root"])
         fields["paths"] = [native_path(path) for path in plain["paths"]]
         for name, kind in COLUMN_TYPES.items():
@@ -220,8 +224,12 @@ class Manifest:
         valid = (np.isin(self.labels, range(len(self.classes))).all()
                  and np.isin(self.split, range(-1, len(SPLITS))).all()
                  and (self.start >= 0).all() and not (self.end < 0).any())
+        if self.duration is not None:  # a made-up one would be years of tiles
+            valid &= bool(((self.duration >= 0) & (self.duration <= MAX_DURATION)).all()
+                          and self.duration.sum(dtype=np.float64) <= MAX_TOTAL_DURATION)
         if not valid:
-            raise ValueError("its manifest has a label, split, start or end out of range")
+            raise ValueError("its manifest has a label, split, start, end or duration out of "
+                             "range")
         for present, unknown in self.label_sets:
             if not present or not _are_distinct_indices([*present, *unknown], len(self.classes)):
                 raise ValueError("its manifest has a set of labels that is empty, repeats a class "

@@ -7,18 +7,20 @@ from pathlib import Path
 import numpy as np
 
 from .clip_times import check_times
+from .content import content_keys
 from .demo import write_demo
-from .files import find_audio
+from .files import find_audio, find_outage
 from .folds import assign_folds
 from .load import load_manifest
 from .manifest import SPLITS, DataError, Manifest
 from .named import find_data
 from .old_split import OldRun, extend_split
 from .overview import class_lines, source_lines, warning_lines
-from .scan import scan, summary
+from .scan import refuse_truncated, scan, summary
 from .splits import assign_splits, audit, drop_rare
 
 DEMO = Path(__file__).parents[1] / "demo_data"
+MAX_NOTES = 100  # on truncated clips
 MAX_CLIPS_TO_DECODE = 5000  # with more clips, only headers are read before training
 
 
@@ -40,7 +42,7 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
             fold: int | None = None, min_clips: int = 1, max_bad_share: float = 0.05,
             scan_mode: str = "auto", seed: int = 0, cache_dir: str | os.PathLike | None = None,
             log: Callable[[str], None] = print, multi_label: bool = False,
-            n_folds: int | None = None, old: OldRun | None = None
+            truncated: str = "use", n_folds: int | None = None, old: OldRun | None = None
             ) -> tuple[Manifest, list[tuple[str, str]]]:
     """Find, scan, clean and split the recordings.
 
@@ -48,6 +50,7 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
     scan_mode: "full" decodes every file once, "headers" does not, "auto" does up to 5,000 clips.
     cache_dir: see `cache_folder`; for the scan's index and for data sets.
     multi_label: whether the loss can learn clips with several labels.
+    truncated: "use" what truncated recordings have, or "refuse" them.
     n_folds: make this many folds instead of those of the data; `fold` is then the test.
     old: an earlier run, whose clips keep their split.
 
@@ -65,8 +68,18 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
     decode_all = len(manifest) <= MAX_CLIPS_TO_DECODE
     full = scan_mode == "full" or (scan_mode == "auto" and decode_all)
     result = scan(manifest, cache / "scan", full)
+    failed = {manifest.paths[row]: reason for row, reason in result.reasons.items()}
+    outage = find_outage(manifest.root, failed, manifest.paths, were_there=False)
+    if outage:
+        raise DataError(f"--data {data}: the data are not there: {outage}; bring them back, then "
+                        "give the same command again")
+    if truncated == "refuse":
+        refuse_truncated(result)
     log(f"data: {manifest.root}")
     _log_indented(log, manifest.notes + summary(result, manifest))
+    # Into run.json: which clips are shorter than they claim, and why.
+    manifest.notes += [f"{manifest.paths[row]}: {reason}"
+                       for row, reason in list(result.truncated.items())[:MAX_NOTES]]
     bad = _bad_clips(manifest, result, data, max_bad_share)
 
     manifest.duration = result.duration
@@ -81,6 +94,7 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
         manifest, dropped = drop_rare(manifest, min_clips)
         rows = rows[is_frequent]
         lines += dropped
+    manifest.content = content_keys(manifest.root, manifest.paths)
     duplicates = _renumber(result.duplicates, rows, n_scanned)
     if old is not None and fold is None:
         lines += extend_split(manifest, duplicates, old, seed=seed)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from util import atomic_write, plural, printable, sha256_of
+from util import atomic_write, plural, printable, sha256_of, summarize
 
 from . import scan_index
-from .audio import AudioError, check, probe
+from .audio import AccessError, AudioError, AudioInfo, check, probe
 from .grouping import factorize, indices_by_value, is_repeated
 from .manifest import Manifest
 
@@ -37,6 +37,8 @@ class Scan:
     n_files: int
     n_opened: int  # files; the others were in the index
     notes: list[str]  # problems that did not stop the scan
+    truncated: dict[int, str]  # row that is ok -> its file ends early, and how much it has
+    opposite: np.ndarray  # (n,) bool: the channels cancel each other, so one of them is used
     file_seconds: np.ndarray | None = None  # (n,) float32 length of each clip's file; 0 if bad
 
 
@@ -53,11 +55,11 @@ def scan(manifest: Manifest, index: str | os.PathLike | None, full: bool) -> Sca
     began = time.perf_counter()
     file_of = factorize(manifest.paths)  # (n,) file of each row
     files = _Files(manifest.root, list(dict.fromkeys(manifest.paths)), index)
-    notes = []
     try:
         files.inspect(full)
         duplicate_files = files.find_duplicates()
     finally:  # also on Ctrl-C: what was seen need not be seen again
+        notes = files.describe_messages()
         if index is not None and files.opened.any():
             notes += scan_index.save(index, files.records, files.texts)
 
@@ -73,7 +75,12 @@ def scan(manifest: Manifest, index: str | os.PathLike | None, full: bool) -> Sca
                         f"{file_seconds[row]:g} s")
         ok[row] = False
         duration[row] = 0
+    reaches_end = ok & ~(manifest.end <= file_seconds + 0.05)
+    is_truncated = records["declared"] > records["frames"]
+    truncated = {row: files.describe_truncation(file_of[row])
+                 for row in np.flatnonzero(is_truncated[file_of] & reaches_end).tolist()}
     return Scan(
+        truncated=truncated, opposite=ok & records["opposite"][file_of],
         duration=duration, rate=records["rate"][file_of],
         channels=records["channels"][file_of].astype(np.int16), ok=ok, reasons=reasons,
         duplicates=_rows_of_files(duplicate_files, file_of), full=full,
@@ -98,12 +105,17 @@ def summary(scan: Scan, manifest: Manifest) -> list[str]:
     n_cut = int((manifest.end[ok] > manifest.start[ok] + scan.duration[ok] + 0.05).sum())
     if n_cut:
         lines.append(f"cut at the end of their file: {plural(n_cut, 'clip')}")
+    if scan.truncated:
+        n_short = plural(len(scan.truncated), "clip")
+        lines.append(f"truncated: {n_short}, used up to where the file ends (--truncated refuse "
+                     f"leaves them out): {_examples(scan.truncated, manifest)}")
+    if scan.opposite.any():
+        rows = np.flatnonzero(scan.opposite)
+        lines.append(f"opposite phase: the channels of {plural(len(rows), 'clip')} cancel each "
+                     f"other, so one of them is used, e.g. {manifest.paths[rows[0]]}")
     if scan.reasons:
-        examples = [f"{manifest.paths[row]}: {scan.reasons[row]}" for row in sorted(scan.reasons)]
-        if len(examples) > 3:
-            examples[3:] = ["..."]
         n_bad = plural(len(scan.reasons), "unreadable clip")
-        lines.append(f"left out: {n_bad}: {'; '.join(examples)}")
+        lines.append(f"left out: {n_bad}: {_examples(scan.reasons, manifest)}")
     if scan.duplicates:
         distinct = [dict.fromkeys(manifest.paths[row] for row in rows) for rows in scan.duplicates]
         n_copies = sum(len(paths) - 1 for paths in distinct)
@@ -112,6 +124,23 @@ def summary(scan: Scan, manifest: Manifest) -> list[str]:
         lines.append(f"{plural(n_copies, 'file')} {verb} byte-identical to another, e.g. {first} = "
                      f"{second}")
     return [printable(line) for line in lines + scan.notes]
+
+
+def _examples(reasons, manifest, most=3):
+    """"a.wav: why; b.wav: why; ..."."""
+    examples = [f"{manifest.paths[row]}: {reasons[row]}" for row in sorted(reasons)]
+    if len(examples) > most:
+        examples[most:] = ["..."]
+    return "; ".join(examples)
+
+
+def refuse_truncated(scan: Scan) -> None:
+    """Change a scan so that truncated clips are not ok."""
+    rows = list(scan.truncated)
+    scan.ok[rows] = False
+    scan.duration[rows] = 0
+    scan.reasons.update(scan.truncated)
+    scan.truncated = {}
 
 
 def write_bad_files(bad: Iterable[tuple[str, str]], path: str | os.PathLike) -> None:
@@ -132,6 +161,7 @@ class _Files:
         self.records = np.zeros(n, scan_index.RECORD)
         self.size = np.full(n, -1, np.int64)  # bytes; -1: no such file
         self.opened = np.zeros(n, bool)
+        self.messages = {}  # file -> what its decoder printed
         self._stat()
         self.texts = scan_index.recall(self.records, index)
 
@@ -162,7 +192,8 @@ class _Files:
         """Fill in the record of a file, and its text if it is unreadable.
 
         A bad header is not saved, since a changed permission leaves the key as it is. A failed
-        decoding is, since the header does not show it; only the next full scan tries again.
+        decoding is, since the header does not show it; only the next full scan tries again. What
+        the system refuses to read is not saved: it may be the disk.
         """
         self.opened[i] = True
         record = self.records[i]  # a view
@@ -176,15 +207,31 @@ class _Files:
             if full:
                 record["decoded"] = True
                 info = check(self.path(i))
-            record["rate"] = info.rate
-            record["channels"] = info.channels
-            record["frames"] = info.frames
+            record["rate"], record["channels"] = info.rate, info.channels
+            record["frames"], record["declared"] = info.frames, info.declared
+            record["opposite"] = info.opposite
             record["ok"] = True
+            if info.messages:
+                self.messages[i] = info.messages[0]
+        except AccessError as error:
+            record["decoded"] = False
+            self.texts[i] = str(error)
         except AudioError as error:
             self.texts[i] = str(error).encode(errors="replace").decode()
         record["has_text"] = i in self.texts
         if record["ok"] or record["decoded"]:
             record["key"] = key
+
+    def describe_truncation(self, i):
+        record = self.records[i]
+        return AudioInfo(int(record["rate"]), int(record["frames"]), 1, "",
+                         int(record["declared"])).describe_truncation()
+
+    def describe_messages(self):
+        """A line on what decoders printed about files that can be used."""
+        lines = [f"{self.paths[i]}: {text[:150]}" for i, text in sorted(self.messages.items())
+                 if self.records["ok"][i]]
+        return [f"the decoder complains: {summarize(lines, 3)}"] if lines else []
 
     def find_duplicates(self):
         """Arrays of files with equal content.

@@ -8,7 +8,7 @@ import numpy as np
 
 from util import atomic_write
 
-INDEX_HEAD = b"warble scan index 3\n"
+INDEX_HEAD = b"warble scan index 4\n"
 INDEX_LIMIT = 1_000_000  # files in the index: those of this scan, then those of earlier ones
 BLOCK = 8192  # files that are looked up at a time, to keep copies small
 
@@ -23,7 +23,9 @@ RECORD = np.dtype([
     ("has_text", "?"),
     ("channels", "u2"),
     ("rate", "i4"),  # Hz
-    ("frames", "i8"),
+    ("frames", "i8"),  # those that decode, if decoded
+    ("declared", "i8"),  # frames that the header declares, if those are more
+    ("opposite", "?"),  # the channels cancel each other; seen by decoding
     ("fingerprint", "u8"),  # of a few pieces of the content; 0: not taken
 ])
 PREFIX = len(INDEX_HEAD) + hashlib.sha256().digest_size  # bytes before the body

@@ -6,29 +6,29 @@ the list of recordings and their headers alone.
 import hashlib
 import os
 import re
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
-import soundfile as sf
 import soxr
 
 from .audio import (
     AudioError,
+    AudioFile,
     AudioInfo,
+    TruncatedError,
     decode_mono,
     fit,
-    info_of,
     length_at,
     open_audio,
     probe,
     tile_starts,
 )
-from .files import find_audio
+from .files import IgnoredFiles, find_audio
 from .manifest import DataError
 from .scan import WORKERS
 
@@ -79,6 +79,7 @@ class Recording:
     info: AudioInfo | None = None
     reason: str | None = None  # why it cannot be used
     windows: int = 0  # how many
+    truncated: str | None = None  # why only its beginning was used
 
     @property
     def key(self) -> str:
@@ -86,14 +87,16 @@ class Recording:
         return hashlib.blake2b(os.fsencode(self.file), digest_size=16).hexdigest()
 
 
-def find_recordings(inputs: Sequence[str]) -> list[Recording]:
+def find_recordings(inputs: Sequence[str], log: Callable[[str], None] = print
+                    ) -> list[Recording]:
     """Find all given files, and all audio files below given folders, sorted by path, each once.
 
-    Raises DataError if a path does not exist or there are no audio files.
+    log: receives a line on recordings that cannot be decoded here. Raises DataError if a path does
+    not exist or there are no audio files.
     """
     paths = {}  # absolute path -> path as the user gave it
     folders = []  # of all inputs, absolute
-    ignored = Counter()  # suffixes of other files
+    ignored = IgnoredFiles()
     for given in inputs:
         absolute = os.path.abspath(given)
         if os.path.isdir(absolute):
@@ -108,7 +111,12 @@ def find_recordings(inputs: Sequence[str]) -> list[Recording]:
     if not paths:
         others = [f"{n} x {suffix or 'no suffix'}" for suffix, n in ignored.most_common(3)]
         listed = f" ({', '.join(others)})" if others else ""
-        raise DataError(f"{inputs[0]}: no audio files{listed}; give recordings or a folder of them")
+        advice = "give recordings or a folder of them"
+        if ignored.undecodable:
+            advice = "they cannot be decoded here: convert them to wav or flac"
+        raise DataError(f"{inputs[0]}: no audio files{listed}; {advice}")
+    for line in ignored.describe() if ignored.undecodable else ():
+        log(f"  {line}")
 
     common = os.path.commonpath(folders)
     recordings = []
@@ -185,17 +193,25 @@ def read_windows(file: str, windows: Windows) -> Iterator[tuple[int, int, np.nda
     """Yield (start, end, (samples,) float32) of each window of a recording.
 
     start, end: in samples at `windows.rate`. To about 1e-5, a window equals the result of
-    audio.read and audio.fit. Raises AudioError, possibly after some windows. An MP3 that is shorter
-    than its header says may lack the last window.
+    audio.read and audio.fit. Raises AudioError, possibly after some windows. A
+    TruncatedError comes after the windows of what decodes, of which the last may be shorter. An
+    MP3 that is shorter than its header says may lack the last window.
     """
     with open_audio(file) as audio:
-        info = info_of(audio)
+        info = audio.info()
         starts = windows.starts(info)
         total = length_at(info, windows.rate)
         wave = np.zeros(0, np.float32)  # decoded samples that a window still needs
         first = 0  # place of wave[0] in the recording
         done = 0  # windows
-        for block in _resampled(audio, windows):
+        blocks, truncated = _resampled(audio, windows), None
+        while True:
+            try:
+                block = next(blocks, None)
+            except TruncatedError as error:
+                block, truncated = None, error
+            if block is None:
+                break
             wave = np.concatenate([wave, block])
             while done < len(starts):
                 start, end = starts[done], starts[done] + windows.samples
@@ -214,13 +230,17 @@ def read_windows(file: str, windows: Windows) -> Iterator[tuple[int, int, np.nda
         if start < end:
             part = wave[start - first:end - first]
             yield start, end, fit(part, windows.samples, windows.short)
-        elif start == 0:
+            if truncated:  # the later windows have nothing else
+                break
+        elif start == 0 and not truncated:
             raise AudioError("truncated: no samples are left after resampling")
+    if truncated:
+        raise truncated
 
 
-def _resampled(audio: sf.SoundFile, windows: Windows) -> Iterator[np.ndarray]:
+def _resampled(audio: AudioFile, windows: Windows) -> Iterator[np.ndarray]:
     """Yield an open recording as blocks (k,) float32, mono, at `windows.rate`."""
-    source = audio.samplerate
+    source = audio.rate
     block_frames = max(BLOCK, windows.samples * source // windows.rate)
     blocks = decode_mono(audio, audio.frames, block_frames)
     if source == windows.rate:
@@ -286,10 +306,15 @@ class _Chunk(NamedTuple):
 def _decoded(recordings, windows, size, workers):
     """Yield the recordings as _Chunks of up to `size` windows, in order."""
     def next_windows(iterator):
+        found = []
         try:
-            return list(islice(iterator, size)), None
+            for window in islice(iterator, size):
+                found.append(window)
+        except TruncatedError as error:
+            return found, error
         except AudioError as error:
-            return [], str(error)
+            return [], error
+        return found, None
 
     pool = ThreadPoolExecutor(workers)
     waiting = iter(recordings)
@@ -305,10 +330,14 @@ def _decoded(recordings, windows, size, workers):
             open_next()
         while queue:
             recording, group, iterator, future = queue.popleft()
-            is_last = False
+            is_last, n_windows = False, 0
             while not is_last:
-                found, reason = future.result()
-                is_last = len(found) < size
+                found, error = future.result()
+                n_windows += len(found)
+                is_last = error is not None or len(found) < size
+                reason = str(error) if error else None
+                if n_windows and isinstance(error, TruncatedError):
+                    recording.truncated, reason = reason, None
                 if not is_last:
                     future = pool.submit(next_windows, iterator)
                 yield _Chunk(recording, group, found, is_last, reason)

@@ -8,7 +8,7 @@ scipy is imported inside the functions: that takes a quarter of a second, which 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -18,11 +18,53 @@ MAX_TEMPERATURE = 20.0
 SMALLEST = np.finfo(np.float32).tiny  # a probability of 0 has no logarithm
 
 
-def calibrate(scores: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
-    """Fit what a checkpoint stores: {"temperature": float, "thresholds": [float] * C}."""
+def calibrate(
+    scores: ArrayLike, labels: ArrayLike, groups: ArrayLike | None = None
+) -> dict[str, Any]:
+    """Fit what a checkpoint stores: {"temperature": float, "thresholds": [float] * C}.
+
+    The temperature is 1 if fitted ones do not lower the loss of clips that they were not fitted on.
+    groups: (n,) codes; clips of a group are then held out together.
+    """
     temperature = fit_temperature(scores, labels)
+    if not temperature_helps(scores, labels, groups):
+        temperature = 1.0
     calibrated = apply_temperature(scores, temperature, multi_label=np.ndim(labels) == 2)
     return {"temperature": temperature, "thresholds": fit_thresholds(calibrated, labels)}
+
+
+def temperature_helps(
+    scores: ArrayLike, labels: ArrayLike, groups: ArrayLike | None = None, n_folds: int = 5
+) -> bool:
+    """Whether temperatures lower the negative log-likelihood of folds they were not fitted on.
+
+    False if there are fewer than two clips or groups. The folds are drawn with a fixed seed.
+    """
+    scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
+    group_of = np.arange(len(labels)) if groups is None else np.asarray(groups)
+    codes, group_of = np.unique(group_of, return_inverse=True)
+    n_folds = min(n_folds, len(codes))
+    if n_folds < 2:
+        return False
+    fold_of = np.random.default_rng(0).permutation(len(codes))[group_of] % n_folds  # (n,)
+    gain = 0.0
+    for fold in range(n_folds):
+        is_out = fold_of == fold
+        logs, targets = _log_odds(scores[~is_out], labels[~is_out])
+        if len(targets) == 0:  # multi-label: all unknown
+            continue
+        temperature = fit_temperature(scores[~is_out], labels[~is_out])
+        logs, targets = _log_odds(scores[is_out], labels[is_out])
+        gain += _loss(logs, targets, 1.0) - _loss(logs, targets, temperature)
+    return bool(gain > 0)
+
+
+def _loss(logs, targets, temperature):
+    """Sum of the negative log-likelihood: logs (m, k), up to a constant per row; targets (m,)."""
+    logs = logs / temperature
+    logs = logs - logs.max(axis=1, keepdims=True)
+    of_target = logs[np.arange(len(targets)), targets]
+    return float((np.log(np.exp(logs).sum(axis=1)) - of_target).sum())
 
 
 def check_calibration(calibration: Mapping[str, Any], n_classes: int) -> dict[str, Any]:
@@ -84,14 +126,7 @@ def fit_temperature(scores: ArrayLike, labels: ArrayLike) -> float:
     """
     from scipy.optimize import minimize_scalar
 
-    scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
-    if labels.ndim == 2:
-        known = ~np.isnan(labels)
-        logits = _logit(scores[known])
-        logs = np.stack([np.zeros_like(logits), logits], axis=1)  # absent, present: (pairs, 2)
-        labels = labels[known].astype(int)
-    else:
-        logs = _log(scores)
+    logs, labels = _log_odds(np.asarray(scores, np.float64), np.asarray(labels))
     smoothing = 1 / (len(labels) + 2)
     logs -= logs.max(axis=1, keepdims=True)
     of_label = logs[np.arange(len(labels)), labels]
@@ -105,6 +140,18 @@ def fit_temperature(scores: ArrayLike, labels: ArrayLike) -> float:
     bound = np.log(MAX_TEMPERATURE)
     best = minimize_scalar(negative_log_likelihood, bounds=(-bound, bound), method="bounded")
     return float(np.exp(best.x))
+
+
+def _log_odds(scores, labels):
+    """Log-probabilities up to a constant (m, k) and the index of the true one (m,).
+
+    Multi-label: a row for each known pair of clip and class, with absent and present.
+    """
+    if labels.ndim == 1:
+        return _log(scores), labels
+    known = ~np.isnan(labels)
+    logits = _logit(scores[known])
+    return np.stack([np.zeros_like(logits), logits], axis=1), labels[known].astype(int)
 
 
 def fit_thresholds(scores: ArrayLike, labels: ArrayLike) -> list[float]:
@@ -138,29 +185,72 @@ def _best_threshold(scores, is_positive):
     return float((scores[last] + next_score) / 2)
 
 
-def reliability(
-    scores: ArrayLike, labels: ArrayLike, bins: int = 10
-) -> tuple[list[tuple[float, float, int]], float]:
-    """Compare confidence with accuracy in `bins` equal bins of the highest score.
+def wilson(correct: float, n: float, z: float = 1.959964) -> tuple[float, float]:
+    """95% interval (low, high) of a share (E. B. Wilson, 1927); (0, 1) for no clips."""
+    if n == 0:
+        return 0.0, 1.0
+    share, z2 = correct / n, z * z
+    middle = share + z2 / (2 * n)
+    half = z * np.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    low, high = (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
+    return max(0.0, float(low)), min(1.0, float(high))
 
-    Multi-label: compare each score with whether the clip contains the class, over all known pairs.
 
-    Returns [(mean confidence, accuracy, number of clips)] of the bins that are not empty, and the
-    expected calibration error (M. Naeini et al., 2015): the mean difference, weighted by clips.
+class Bin(NamedTuple):
+    """A bin of a reliability diagram."""
+
+    confidence: float  # the mean
+    accuracy: float
+    n: int  # clips, or pairs of clip and class
+    low: float  # 95% interval of the accuracy
+    high: float
+
+
+def reliability(scores: ArrayLike, labels: ArrayLike, bins: int = 10) -> tuple[list[Bin], float]:
+    """Compare confidence with accuracy in `bins` equally filled bins of the highest score.
+
+    Equal scores are in one bin, so that fewer bins may remain. Multi-label: compare each score with
+    whether the clip contains the class, over all known pairs.
+
+    Returns the bins and the expected calibration error (M. Naeini et al., 2015): the mean
+    difference of confidence and accuracy, weighted by clips.
     """
+    parts = _equally_filled(scores, labels, bins)
+    rows = [Bin(float(confidence.mean()), float(is_correct.mean()), len(is_correct),
+                *wilson(float(is_correct.sum()), len(is_correct)))
+            for confidence, is_correct in parts]
+    n = sum(row.n for row in rows)
+    return rows, sum(abs(row.confidence - row.accuracy) * row.n for row in rows) / n
+
+
+def error_by_chance(scores: ArrayLike, labels: ArrayLike, bins: int = 10) -> float:
+    """The calibration error that perfectly calibrated scores stay below in 95% of samples.
+
+    An error is never 0 with a finite number of clips. Source: J. Brocker and L. Smith, "Increasing
+    the Reliability of Reliability Diagrams", 2007, with normal instead of binomial counts. Clips
+    count as independent; those of one group are not, so the true limit is then higher.
+    """
+    parts = _equally_filled(scores, labels, bins)
+    variance = np.array([(p * (1 - p)).sum() for p, _ in parts])  # of the number correct
+    drawn = np.random.default_rng(0).standard_normal((4000, len(parts))) * np.sqrt(variance)
+    n = sum(len(confidence) for confidence, _ in parts)
+    return float(np.quantile(np.abs(drawn).sum(axis=1) / n, 0.95))
+
+
+def _equally_filled(scores, labels, bins):
+    """[(confidence (k,), is_correct (k,))] by rising confidence, equal confidences together."""
     scores, labels = np.asarray(scores), np.asarray(labels)
     if labels.ndim == 2:
         known = ~np.isnan(labels)
         confidence, is_correct = scores[known], labels[known] == 1
     else:
         confidence, is_correct = scores.max(axis=1), scores.argmax(axis=1) == labels
-    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
-    rows = []
-    for b in range(bins):
-        inside = bin_of == b
-        if inside.any():
-            rows.append((
-                float(confidence[inside].mean()), float(is_correct[inside].mean()),
-                int(inside.sum())))
-    error = sum(abs(mean - accuracy) * n for mean, accuracy, n in rows) / len(confidence)
-    return rows, error
+    order = np.argsort(confidence, kind="stable")
+    confidence, is_correct = confidence[order], is_correct[order]
+    n = len(confidence)
+    ends = [n * (b + 1) // bins for b in range(bins)]
+    ends = [int(np.searchsorted(confidence, confidence[end - 1], "right"))
+            for end in ends if end > 0]
+    ends = sorted(set(ends))
+    return [(confidence[start:end], is_correct[start:end])
+            for start, end in zip([0, *ends[:-1]], ends, strict=True)]

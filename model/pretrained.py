@@ -4,12 +4,18 @@ Sources: the AudioSet weights by name (pinned revision and SHA-256), timm's dist
 or a file: the AST authors' `.pth`, the Hugging Face hub's safetensors (or a folder with them, as
 `export.py --to hf` writes it), or a checkpoint of this program. `to_hub` converts the other way.
 """
+import contextlib
 import hashlib
 import json
+import os
 import pickle
 import re
+import socket
+import threading
+import urllib.parse
+import urllib.request
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,17 +81,21 @@ class _Source:
     tensors: dict[str, Tensor]  # by the source's own names
     sha256: str
     frontend: Any = None  # FrontendConfig of their training as a dict, None if unknown
+    classes: Any = None  # names of the rows of the classifier, of a checkpoint of this program
     hub_config: dict = field(default_factory=dict)  # the config.json of a hub folder
 
 
 def load_pretrained(model: AST, path_or_name: str | Path, keep_head: bool = False,
                     own_reader: Callable[[Path], dict] | None = None,
-                    frontend: FrontendConfig | None = None) -> LoadReport:
+                    frontend: FrontendConfig | None = None,
+                    classes: Sequence[str] = ()) -> LoadReport:
     """Load weights into `model` in place.
 
     path_or_name: "audioset", "imagenet", a file, or a hub folder.
     keep_head: load the classifier, too. It must have as many classes as the model.
     own_reader: reads and checks a checkpoint of this program. Default: no checks.
+    classes: the model's. If the weights are a checkpoint of this program, the rows of its
+        classifier for classes of the same name are taken; the other rows stay as they are.
     frontend: the model's front end. The report says how it differs from the weights' one, if known.
 
     The model's position parameter takes the grid of another AST; an image model's grid is fitted
@@ -102,7 +112,9 @@ def load_pretrained(model: AST, path_or_name: str | Path, keep_head: bool = Fals
     new = {}
     for key, own in state.items():
         if key.startswith("head.") and not keep_head:
-            report.reinitialised[key] = "new classes"
+            value = _known_rows(key, own, tensors.get(key), source, classes, report)
+            if value is not None:
+                new[key] = value
         elif key not in tensors:
             raise WeightsError(f"--weights {source.name}: no tensor for {key}; it is not a whole "
                                "AST")
@@ -121,6 +133,33 @@ def load_pretrained(model: AST, path_or_name: str | Path, keep_head: bool = Fals
     model.set_grid(report.columns)
     model.load_state_dict(new, strict=False)
     return report
+
+
+def _known_rows(key, own, theirs, source, classes, report):
+    """The value of a parameter of the classifier with the rows of classes that the weights know.
+
+    None if they know none: the classifier then starts anew. Notes in the report what it did.
+    """
+    rows = {}
+    if isinstance(source.classes, list) and theirs is not None:
+        rows = {row: source.classes.index(name) for row, name in enumerate(classes)
+                if name in source.classes}
+    if not rows:
+        report.reinitialised[key] = "new classes"
+        return None
+    is_linear = key.startswith("head.1.")  # one row per class; head.0 is a norm
+    n_rows = len(source.classes) if is_linear else len(own)
+    if theirs.shape != (n_rows, *own.shape[1:]):
+        raise WeightsError(f"--weights {source.name}: {key} is {tuple(theirs.shape)}, which does "
+                           f"not fit its {len(source.classes)} classes; use another copy")
+    if not is_linear:
+        report.loaded.append(key)
+        return theirs.float()
+    value = own.detach().clone()
+    value[list(rows)] = theirs[list(rows.values())].to(value)
+    report.fitted[key] = (f"{len(rows)} of {len(classes)} classes have the weights' own rows, by "
+                          "name; the others start anew")
+    return value
 
 
 def _frontend_change(theirs, own):
@@ -185,6 +224,54 @@ def _fit(key, tensors, own, config, report):
     return value
 
 
+# --- find the source ---
+
+def check_available(path_or_name: str, fallback: str) -> None:
+    """Raise WeightsError at once if the weights cannot be had: a missing file, or no network.
+
+    Call it before anything that takes long. The hub's own client would try for half a minute.
+    fallback: a command that works without the weights, for the message.
+    """
+    if path_or_name == "audioset":
+        from huggingface_hub import constants, try_to_load_from_cache
+        cached = try_to_load_from_cache(AUDIOSET["repo_id"], AUDIOSET["filename"],
+                                        revision=AUDIOSET["revision"])
+        is_cached = isinstance(cached, str)
+        if not is_cached and (constants.HF_HUB_OFFLINE or not _is_reachable(constants.ENDPOINT)):
+            raise WeightsError(
+                f"--weights audioset: {constants.ENDPOINT} cannot be reached; download {_url()} "
+                "with any machine and give its path to --weights, or start without pretrained "
+                f"weights:  {fallback}")
+    elif path_or_name not in ("imagenet", "none") and not os.path.exists(path_or_name):
+        raise WeightsError(f"--weights {path_or_name}: no such file; give {', '.join(NAMES)}, "
+                           "none, or the path of a .pth, .safetensors or .pt file")
+
+
+def _is_reachable(endpoint, seconds=4):
+    """Whether a connection to a server opens; True if a proxy decides that."""
+    if urllib.request.getproxies():
+        return True
+    url = urllib.parse.urlsplit(endpoint)
+    port = url.port or (443 if url.scheme == "https" else 80)
+    is_open = []
+
+    def connect():
+        with contextlib.suppress(OSError):
+            socket.create_connection((url.hostname, port), timeout=seconds).close()
+            is_open.append(True)
+
+    # In a thread, because looking up a name has no time limit of its own.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(is_open)
+
+
+def _url():
+    return (f"https://huggingface.co/{AUDIOSET['repo_id']}/resolve/{AUDIOSET['revision']}/"
+            f"{AUDIOSET['filename']}")
+
+
 # --- read the source ---
 
 def _read(config, name, own_reader):
@@ -202,11 +289,11 @@ def _read(config, name, own_reader):
     if not path.is_file():
         raise WeightsError(f"--weights {name}: no such file; give {', '.join(NAMES)}, none, or the "
                            "path of a .pth, .safetensors or .pt file")
-    tensors, frontend = _load_file(path, name, own_reader)
+    tensors, frontend, classes = _load_file(path, name, own_reader)
     digest = AUDIOSET["sha256"] if name == "audioset" else sha256_of(path)
     if digest == AUDIOSET["sha256"]:
         frontend = FrontendConfig.of("fbank").to_dict()
-    return _Source(name, tensors, digest, frontend, hub_config)
+    return _Source(name, tensors, digest, frontend, classes, hub_config)
 
 
 def _hub_config(path, name):
@@ -222,13 +309,13 @@ def _hub_config(path, name):
 
 
 def _load_file(path, name, own_reader):
-    """-> (tensors by their names in the file, fields of the FrontendConfig or None)"""
+    """-> (tensors by their names, fields of the FrontendConfig or None, classes or None)"""
     with open(path, "rb") as file:
         start = file.read(9)
     try:
         if start[8:9] == b"{":  # safetensors: 8 bytes of length, then JSON
             from safetensors.torch import load_file
-            return load_file(path), None
+            return load_file(path), None, None
         with warnings.catch_warnings(action="ignore"):  # a TorchScript archive warns, then fails
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -238,18 +325,18 @@ def _load_file(path, name, own_reader):
         reason = " ".join(str(error).split())[:120]
         raise WeightsError(f"--weights {name}: cannot be read, it is damaged or of another format "
                            f"({reason})") from None
-    frontend = None
+    frontend = classes = None
     if isinstance(state, dict) and state.get("format") == "warble":
         if own_reader:
             state = own_reader(path)
-        frontend = state.get("frontend")
+        frontend, classes = state.get("frontend"), state.get("classes")
         state = state.get("ema") or state.get("model")
     elif isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
     if not _is_state_dict(state):
         raise WeightsError(f"--weights {name}: not a state dict; save model.state_dict() with "
                            "torch.save")
-    return state, frontend
+    return state, frontend, classes
 
 
 def _is_state_dict(state):
@@ -265,9 +352,8 @@ def _audioset_file():
     try:
         path = Path(hf_hub_download(repo, filename, revision=revision))
     except Exception as error:  # offline, refused, proxy, disk full: the fix is the same
-        url = f"https://huggingface.co/{repo}/resolve/{revision}/{filename}"
         raise WeightsError(f"--weights audioset: the file cannot be fetched "
-                           f"({type(error).__name__}); download {url} with any machine and give "
+                           f"({type(error).__name__}); download {_url()} with any machine and give "
                            "its path to --weights, or start from --weights none") from None
     if path.stat().st_size != AUDIOSET["size"] or sha256_of(path) != AUDIOSET["sha256"]:
         raise WeightsError(f"--weights audioset: {path} is not the published file (sha256 "

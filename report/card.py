@@ -21,6 +21,7 @@ INPUT_LENGTH = (
     "windows of that length and average their probabilities, as the evaluation did. Repeat or pad "
     "a shorter clip before the features are computed, as above: the padding of transformers uses "
     "a value that the model was not trained with.\n")
+DESCRIBED = ("logmel", "fbank")  # front ends that `usage_code` can write down
 LICENCE = (
     "Not chosen yet. If you publish this model, state the licence here and as `license:` in the "
     "header. Mind the terms of the recordings and of the pretrained weights.\n")
@@ -91,6 +92,12 @@ x = extractor(wave, sampling_rate={rate}, return_tensors="pt")["input_values"]''
     frame_length={1000 * c.win_length / rate:g}, frame_shift={1000 * c.hop_length / rate:g},
     low_freq={c.fmin}, high_freq={c.fmax})
 x = (x[None] - {mean}) / (2 * {std})'''
+    elif c.kind not in DESCRIBED:
+        imports = "from transformers import AutoModelForAudioClassification"
+        features = f'''# The front end of this model, {c.kind!r}, is not described here.
+# Compute x with the program that trained it (model/frontend.py, build_frontend).
+raise NotImplementedError("compute x with the front end {c.kind} of the training program")
+x = None'''
     else:
         imports = "from transformers import AutoModelForAudioClassification"
         features = f'''mel = librosa.feature.melspectrogram(

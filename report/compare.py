@@ -1,8 +1,9 @@
-"""Compare two runs: python -m report.compare runs/a runs/b [OUT]
+"""Compare two settings: python -m report.compare runs/a runs/b [OUT]
 
-Prints the settings that differ and the test metrics with the paired bootstrap interval of their
-difference, over the test clips that both runs have scored. Draws both runs' curves into
-compare.png (in the folder OUT, or here).
+Each is a run, or a folder of runs: of `--folds`, or of several seeds. Prints the settings that
+differ and the test metrics with the paired bootstrap interval of their difference, over the test
+clips (or groups of clips) that both have scored. Metrics are means over seeds; folds are pooled.
+Draws the curves into compare.png (in the folder OUT, or here).
 """
 import json
 import sys
@@ -11,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from metrics import METRICS, metrics_for, resample_counts
+from metrics import METRICS, metrics_for, point_metrics, resample_counts
 from metrics.classification import Outcome, WeightedCounts
-from util import InputError
+from util import InputError, plural, printable
 
 from .run_files import load_scores, read_columns, read_rows
 from .style import COLOURS, picture
@@ -33,11 +34,23 @@ class CompareError(InputError):
 def compare(a: str | Path, b: str | Path, out: Path, n_boot: int = 2000, seed: int = 0
             ) -> list[str]:
     """Compare two run folders: draw `out` and return lines for a person. Raises CompareError."""
-    runs = [_read(Path(folder)) for folder in (a, b)]
-    lines = [f"a = {a}", f"b = {b}", "", "settings that differ:", *_differences(*runs),
-             "", *_metric_lines(*runs, n_boot, seed)]
-    _draw(runs, _names(a, b), out)
+    sides = [_read_side(Path(folder)) for folder in (a, b)]
+    lines = [f"a = {a}", f"b = {b}"]
+    if max(len(side) for side in sides) > 1:
+        lines.append(f"a has {plural(len(sides[0]), 'run')}, b has {len(sides[1])}")
+    lines += ["", "settings that differ:", *_differences(*sides),
+              "", *_metric_lines(*sides, n_boot, seed), *_paired_run_lines(*sides)]
+    _draw(sides, _names(a, b), out)
     return [*lines, "", f"written: {out}"]
+
+
+def _read_side(folder):
+    """The runs of a setting: one run folder, or the run folders in a folder."""
+    if not (folder / "run.json").exists():
+        inside = sorted(path.parent for path in folder.glob("*/run.json"))
+        if inside:
+            return [_read(run) for run in inside]
+    return [_read(folder)]
 
 
 def _read(folder):
@@ -65,71 +78,160 @@ def _read(folder):
 
 
 def _differences(a, b):
-    """Lines with the flags and the other settings that differ."""
+    """Lines with the flags and the other settings that differ between the sides."""
+    ignored = IGNORED_FLAGS
+    if max(len(a), len(b)) > 1:
+        ignored = ignored | {"seed", "fold", "folds"}
+
+    def values(side, part, name):
+        texts = [str(run[part].get(name) if part else run.get(name)) for run in side]
+        return ", ".join(dict.fromkeys(texts))
+
     lines = []
-    for name in {**a["flags"], **b["flags"]}:
-        value_a, value_b = a["flags"].get(name), b["flags"].get(name)
-        if name not in IGNORED_FLAGS and value_a != value_b:
-            lines.append(f"  {name:<18} {value_a!s:<24} {value_b!s}")
+    for name in dict.fromkeys(name for run in [*a, *b] for name in run["flags"]):
+        value_a, value_b = values(a, "flags", name), values(b, "flags", name)
+        if name not in ignored and value_a != value_b:
+            lines.append(f"  {name:<18} {value_a:<24} {value_b}")
     if not lines:
         lines.append("  none")
     for name in SETTINGS:
-        if a.get(name) != b.get(name):
-            lines.append(f"  {name:<18} {str(a.get(name))[:22]:<24} {str(b.get(name))[:22]}")
+        value_a, value_b = values(a, None, name), values(b, None, name)
+        if value_a != value_b:
+            lines.append(f"  {name:<18} {value_a[:22]:<24} {value_b[:22]}")
     return lines
 
 
+def _replicates(side):
+    """The runs of a side as lists: folds of one seed, which have no clip in common, together."""
+    replicates = []
+    for run in side:
+        clips = run["test"]["index"].keys()
+        for runs in replicates:
+            same_seed = runs[0]["flags"].get("seed") == run["flags"].get("seed")
+            if same_seed and all(clips.isdisjoint(other["test"]["index"]) for other in runs):
+                runs.append(run)
+                break
+        else:
+            replicates.append([run])
+    return replicates
+
+
 def _metric_lines(a, b, n_boot, seed):
-    """Lines with each metric of both runs and their difference, over the clips of both."""
-    shared = [clip for clip in a["test"]["index"] if clip in b["test"]["index"]]
+    """Lines with each metric of both sides and their difference, over the clips of both."""
+    clips_a, clips_b = ({clip: None for run in side for clip in run["test"]["index"]}
+                        for side in (a, b))
+    shared = [clip for clip in clips_a if clip in clips_b]
     if not shared:
         return ["no test clip is in both runs: nothing to compare"]
-    rows = [[run["test"]["index"][clip] for clip in shared] for run in (a, b)]
-    _check_same_data(a, b, *rows)
+    _check_same_data([*a, *b], set(shared))
     title = f"test, {len(shared)} clips that both have scored"
-    for run, letter in ((a, "a"), (b, "b")):
-        extra = len(run["test"]["index"]) - len(shared)
-        if extra:
-            title += f", {extra} only in {letter}"
+    for clips, letter in ((clips_a, "a"), (clips_b, "b")):
+        if len(clips) > len(shared):
+            title += f", {len(clips) - len(shared)} only in {letter}"
+    groups = _groups(a, shared)
+    if groups is not None and len(np.unique(groups)) < len(groups):
+        title += f"; intervals over {len(np.unique(groups))} groups"
     (values_a, correct_a), (values_b, correct_b) = (
-        _resampled(run["test"], run_rows, n_boot, seed) for run, run_rows in zip((a, b), rows))
+        _resampled(_replicates(side), shared, groups, n_boot, seed) for side in (a, b))
     lines = [title]
     for key in values_a:
         lines.append(_difference_line(METRICS[key].label, values_a[key], values_b[key],
                                       METRICS[key].higher_is_better))
-    only_a, only_b = (correct_a & ~correct_b).sum(), (correct_b & ~correct_a).sum()
-    lines.append(f"  correct only in a {only_a}, only in b {only_b}, "
-                 f"in both {(correct_a & correct_b).sum()}")
+    if correct_a is not None and correct_b is not None:
+        only_a, only_b = (correct_a & ~correct_b).sum(), (correct_b & ~correct_a).sum()
+        lines.append(f"  correct only in a {only_a}, only in b {only_b}, "
+                     f"in both {(correct_a & correct_b).sum()}")
     return lines
 
 
-def _check_same_data(a, b, rows_a, rows_b):
-    text_a, text_b = ([run["test"]["text"][i] for i in rows]
-                      for run, rows in ((a, rows_a), (b, rows_b)))
-    if text_a != text_b:
-        raise CompareError("the runs have different labels for the same clip: compare runs on the "
-                           "same data")
-    multi_label = [bool(run.get("multi_label")) for run in (a, b)]
-    if any(multi_label) and (not all(multi_label) or a["classes"] != b["classes"]):
+def _groups(side, clips):
+    """(n,) group of each clip; None if the results are of an older version."""
+    if not all("groups" in run["test"] for run in side):
+        return None
+    group_of = {clip: int(run["test"]["groups"][i])
+                for run in side for clip, i in run["test"]["index"].items()}
+    return np.array([group_of[clip] for clip in clips])
+
+
+def _check_same_data(runs, shared):
+    label_of = {}
+    for run in runs:
+        for clip, i in run["test"]["index"].items():
+            text = run["test"]["text"][i]
+            if clip in shared and label_of.setdefault(clip, text) != text:
+                raise CompareError("the runs have different labels for the same clip: compare runs "
+                                   "on the same data")
+    multi_label = [bool(run.get("multi_label")) for run in runs]
+    same_classes = all(run["classes"] == runs[0]["classes"] for run in runs)
+    if any(multi_label) and not (all(multi_label) and same_classes):
         raise CompareError("only one run has several labels per clip, or the classes differ: "
                            "compare runs of one kind")
 
 
-def _resampled(test, rows, n_boot, seed):
-    """Each metric of these rows, and of each bootstrap resample, as (1 + n_boot,) by its key.
+def _outcome(runs, clips):
+    """(Outcome of the runs' clips that are in `clips`, their places there)."""
+    place_of = {clip: place for place, clip in enumerate(clips)}
+    places, parts = [], {"scores": [], "labels": [], "predicted": []}
+    for run in runs:
+        found = [(place_of[clip], i) for clip, i in run["test"]["index"].items()
+                 if clip in place_of]
+        rows = np.array([i for _, i in found], np.int64)
+        places += [place for place, _ in found]
+        for name, arrays in parts.items():
+            if name in run["test"]:
+                arrays.append(run["test"][name][rows])
+    order = np.argsort(places, kind="stable")
+    scores, labels, predicted = (
+        np.concatenate(arrays)[order] if arrays else None for arrays in parts.values())
+    return Outcome(scores, labels, predicted), np.array(places)[order]
 
-    The same clips are drawn for both runs. Also returns (n,) bool: whether the highest-scoring
-    class of each clip is correct.
+
+def _resampled(replicates, clips, groups, n_boot, seed):
+    """Each metric of these clips, and of each bootstrap resample, as (1 + n_boot,) by its key.
+
+    The mean over the replicates. The same clips, or groups, are drawn for both sides. Also returns
+    (n,) bool, whether the highest-scoring class of each clip is correct; None if there are several.
     """
-    predicted = test["predicted"][rows] if "predicted" in test else None
-    outcome = Outcome(test["scores"][rows], test["labels"][rows], predicted)
-    values = {key: [] for key in metrics_for(outcome.multi_label)}
-    all_clips = np.ones((outcome.n, 1), np.int32)
-    for weights in [all_clips, *resample_counts(outcome.n, n_boot, seed)]:
-        counts = WeightedCounts(outcome, weights)
+    known = set(clips)
+    outcomes = [_outcome(runs, clips) for runs in replicates
+                if any(not known.isdisjoint(run["test"]["index"]) for run in runs)]
+    values = {key: [] for key in metrics_for(outcomes[0][0].multi_label)}
+    all_clips = np.ones((len(clips), 1), np.int32)
+    for weights in [all_clips, *resample_counts(len(clips), n_boot, seed, groups)]:
+        counts = [WeightedCounts(outcome, weights[places]) for outcome, places in outcomes]
         for key, blocks in values.items():
-            blocks.append(METRICS[key].function(counts))
-    return {key: np.concatenate(blocks) for key, blocks in values.items()}, outcome.top_correct
+            blocks.append(np.mean([METRICS[key].function(each) for each in counts], axis=0))
+    correct = outcomes[0][0].top_correct if len(outcomes) == 1 else None
+    return {key: np.concatenate(blocks) for key, blocks in values.items()}, correct
+
+
+def _paired_run_lines(a, b):
+    """Lines with the mean difference over pairs of runs of one fold and seed, with its interval."""
+    def by_setting(side):
+        return {(run["flags"].get("fold"), run["flags"].get("seed")): run for run in side}
+
+    runs_a, runs_b = by_setting(a), by_setting(b)
+    pairs = [(runs_a[key], runs_b[key]) for key in runs_a if key in runs_b]
+    if len(pairs) < 2:
+        return []
+    from scipy.stats import t
+
+    n_folds = len({run["flags"].get("fold") for run, _ in pairs})
+    over = f"{n_folds} folds" if n_folds == len(pairs) else f"{len(pairs)} pairs of runs"
+    points = [[_point(run) for run in pair] for pair in pairs]
+    lines = [f"over the {over}, 95% t interval of the mean difference"]
+    for key in points[0][0]:
+        differences = np.array([of_b[key] - of_a[key] for of_a, of_b in points])
+        half = t.ppf(0.975, len(pairs) - 1) * differences.std(ddof=1) / np.sqrt(len(pairs))
+        mean = differences.mean()
+        lines.append(f"    {METRICS[key].label:<18} over the {over}: b - a {mean:+.3f}   "
+                     f"({mean - half:+.3f} to {mean + half:+.3f})")
+    return lines
+
+
+def _point(run):
+    test = run["test"]
+    return point_metrics(test["scores"], test["labels"], test.get("predicted"))
 
 
 def _difference_line(label, values_a, values_b, higher_is_better):
@@ -151,13 +253,16 @@ def _names(*folders):
     return [f"{path.parent.name}/{path.name}" for path in paths]
 
 
-def _draw(runs, names, out):
+def _draw(sides, names, out):
     with picture(out, (11, 3.6), layout="constrained") as figure:
         for ax, (title, lines) in zip(figure.subplots(1, 3), PANELS.items(), strict=True):
-            for run, name, colour, letter in zip(runs, names, COLOURS, "ab"):
+            drawn = [(i, run, run is side[0]) for i, side in enumerate(sides) for run in side]
+            for i, run, is_first in drawn:
+                name, colour, letter = names[i], COLOURS[i], "ab"[i]
                 for column, style in lines:
                     if run["history"]:
-                        label = f"{letter}: {name}" if column.startswith("val") else None
+                        is_named = is_first and column.startswith("val")
+                        label = f"{letter}: {name}" if is_named else None
                         ax.plot(run["history"]["epoch"], run["history"][column], style,
                                 color=colour, label=label)
             ax.set_title(title)
@@ -170,12 +275,16 @@ def _draw(runs, names, out):
 
 def main(arguments: Sequence[str]) -> int:
     if "--help" in arguments or len(arguments) not in (2, 3):
-        print(__doc__.strip(), file=sys.stderr)
+        print((__doc__ or "give the folders of two runs").strip(), file=sys.stderr)
         return 0 if "--help" in arguments else 2
     try:
         print("\n".join(compare(*arguments[:2], Path(*arguments[2:]) / "compare.png")))
     except CompareError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {printable(error.filename or 'compare.png')}: cannot be written "
+              f"({error.strerror}); give another folder", file=sys.stderr)
         return 2
     return 0
 

@@ -17,7 +17,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
-from metrics import METRICS
+from metrics import METRICS, wilson
 from util import atomic_write, plural, printable
 
 from . import confusions, page_charts
@@ -26,7 +26,7 @@ from .media import data_address, mp3
 from .results import THIRDS
 from .run_files import read_run
 from .style import PALETTE, shorten
-from .verdict import CLIPS, findings, headline, plural_es, training, wilson
+from .verdict import CLIPS, findings, headline, plural_es, training
 
 MAX_BYTES = 8 << 20
 PLAYER_BYTES = 200  # of the element around a sound

@@ -175,14 +175,15 @@ def reliability_axes(ax, counts_ax, curves: Sequence[tuple[str, Sequence]],
                      axis_labels: tuple[str, str], unit: str = "clips") -> None:
     """Reliability diagram: share correct over mean confidence, with the number of clips below.
 
-    curves: [(name, [(confidence, share correct, n)])], at most two. unit: what n counts.
+    curves: [(name, [(confidence, share correct, n, low, high)])], at most two. unit: what n counts.
     """
     from matplotlib.ticker import PercentFormatter
 
-    most = max((n for _, bins in curves for _, _, n in bins), default=1)
+    most = max((n for _, bins in curves for _, _, n, *_ in bins), default=1)
     ax.plot([0, 1], [0, 1], "--", color=GREY, linewidth=0.9)
     for i, ((name, bins), colour) in enumerate(zip(curves, COLOURS)):
-        x, y, n = np.array(bins, float).reshape(-1, 3).T
+        x, y, n, low, high = np.array(bins, float).reshape(-1, 5).T
+        ax.vlines(x, low, high, color=colour, linewidth=1, alpha=0.4)
         ax.plot(x, y, color=colour, linewidth=1, alpha=0.6)
         dots = ax.scatter(x, y, s=14 + 140 * n / most, color=colour, linewidth=0, clip_on=False,
                           zorder=3, label=name)

@@ -9,6 +9,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,8 +20,12 @@ import numpy as np
 from report.tracks import label_track, labelled, selection_table, window_lines, window_rows
 from util import atomic_write
 
-# of the files that each recording has of its own
+# Formats with a file for each recording, and how its name ends.
 SUFFIXES = {"raven": ".Table.1.selections.txt", "audacity": ".txt", "embeddings": ".npz"}
+
+# Names of the temporary files that util.atomic_write leaves behind if the process is killed.
+LEFTOVER = re.compile(r"\.(settings\.json|(files|classes|windows|bad_files)\.csv|windows\.jsonl|"
+                      r"[0-9a-f]{32}\.(jsonl|npz))\.[a-z0-9_]{8}")
 
 Labels = list[list]  # [class index, calibrated score], best first
 
@@ -36,15 +41,23 @@ class RecordingWriter:
         self.folder, self.recording, self.label, self.dim = folder, recording, label, dim
         self.rows = tempfile.TemporaryFile("w+", dir=folder)  # noqa: SIM115
         self.features = tempfile.TemporaryFile(dir=folder) if dim else None  # noqa: SIM115
-        self.sum_of_probabilities, self.n_windows, self.n_samples = 0.0, 0, 0
+        self.sum_of_probabilities, self.n_windows, self.n_silent, self.n_samples = 0.0, 0, 0, 0
 
-    def add(self, start: int, end: int, probabilities: np.ndarray, features: np.ndarray) -> int:
-        """Add a window, start and end in samples -> samples that no window before covered."""
-        self.rows.write(json.dumps([start, end, self.label(probabilities)]) + "\n")
+    def add(self, start: int, end: int, probabilities: np.ndarray, features: np.ndarray,
+            is_silent: bool = False) -> int:
+        """Add a window, start and end in samples -> samples that no window before covered.
+
+        is_silent: the window has no signal; it gets no label and does not count in the mean.
+        """
+        labels = [] if is_silent else self.label(probabilities)
+        self.rows.write(json.dumps([start, end, labels]) + "\n")
         if self.dim:
             self.features.write(features.tobytes())
         n_new = end - self.n_samples
-        self.sum_of_probabilities = self.sum_of_probabilities + probabilities
+        if is_silent:
+            self.n_silent += 1
+        else:
+            self.sum_of_probabilities = self.sum_of_probabilities + probabilities
         self.n_windows += 1
         self.n_samples = end
         return n_new
@@ -52,11 +65,15 @@ class RecordingWriter:
     def finish(self, reason: str | None, rate: int) -> None:
         """Write the part: all windows were added, or there will be no more for this reason."""
         path = part_path(self.folder, self.recording)
-        head = {"size": self.recording.size, "mtime_ns": self.recording.mtime_ns, "reason": reason}
+        head = {"size": self.recording.size, "mtime_ns": self.recording.mtime_ns, "reason": reason,
+                "truncated": self.recording.truncated}
         if reason is None:
             # The calibration was fitted on means over a clip, so it is applied to the mean.
-            mean = self.sum_of_probabilities / self.n_windows
-            head |= {"windows": self.n_windows, "scores": self.label(mean),
+            n_with_signal = self.n_windows - self.n_silent
+            scores = []
+            if n_with_signal:
+                scores = self.label(self.sum_of_probabilities / n_with_signal)
+            head |= {"windows": self.n_windows, "scores": scores, "silent": self.n_silent,
                      "bytes": self.rows.tell()}
             if self.dim:
                 self._write_features(path.with_suffix(".npz"), rate)
@@ -111,7 +128,8 @@ def sort_by_outcome(out: Path, recordings: Sequence) -> tuple[list, list[tuple[s
     for recording in recordings:
         if recording.reason is None:
             with open(part_path(out / "parts", recording), "rb") as file:
-                recording.reason = json.loads(file.readline())["reason"]
+                head = json.loads(file.readline())
+            recording.reason, recording.truncated = head["reason"], head.get("truncated")
         if recording.reason is None:
             good.append(recording)
             continue
@@ -134,12 +152,13 @@ def link_embeddings(out: Path, recordings: Sequence, link: Callable[[Path, Path]
 
 
 def assemble_tables(out: Path, recordings: Sequence, formats: Sequence[str],
-                    classes: Sequence[str], config) -> tuple[list[str], int, int]:
+                    classes: Sequence[str], config) -> tuple[list[str], int, int, int]:
     """Put the parts of the recordings together in these formats.
 
-    config: the FrontendConfig. Returns (what was written, windows without a class, windows).
+    config: the FrontendConfig. Returns (what was written, silent windows, other windows without
+    a class, windows).
     """
-    n_empty = n_windows = 0
+    n_silent = n_empty = n_windows = 0
     tables = [name for name in formats if name not in SUFFIXES]  # csv, jsonl: one for all
     own = [name for name in formats if name in SUFFIXES]
     with contextlib.ExitStack() as stack:
@@ -158,11 +177,12 @@ def assemble_tables(out: Path, recordings: Sequence, formats: Sequence[str],
             for label, score in labelled(head["scores"], classes) or [("", "")]:
                 files.writerow([recording.path, seconds, head["windows"], label, score])
             counts.writerows(summary.rows(recording.path, classes, config.sample_rate))
+            n_silent += head.get("silent", 0)
             n_empty += summary.n_empty
             n_windows += summary.n_windows
     written = ["files.csv", "classes.csv", *(f"windows.{name}" for name in tables),
                *(f"{name}/" for name in own)]
-    return written, n_empty, n_windows
+    return written, n_silent, n_empty - n_silent, n_windows
 
 
 def _copy_windows(out, recording, tables, own, classes, config):
@@ -214,9 +234,15 @@ class _ClassSummary:
                 for i, (n, highest, place) in ordered]
 
 
+def foreign_files(out: Path) -> list[str]:
+    """Names in a folder without settings.json that predict.py does not write before them."""
+    return sorted(name for name in os.listdir(out)
+                  if name not in (".lock", "parts") and not LEFTOVER.fullmatch(name))
+
+
 def remove_leftovers(out: Path) -> None:
     """Remove temporary files of a process that was killed; the folder must be locked."""
     for folder in (out, out / "parts"):
         for name in os.listdir(folder):
-            if name.startswith(".") and name != ".lock":
+            if LEFTOVER.fullmatch(name):
                 (folder / name).unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from metrics import (
     METRICS,
     apply_temperature,
     confusion,
+    error_by_chance,
     evaluate_scores,
     metrics_for,
     per_class,
@@ -17,7 +18,7 @@ from metrics import (
     recall_by_frequency,
     reliability,
 )
-from util import write_json
+from util import atomic_write, write_json
 
 from . import pictures
 from .run_files import load_scores
@@ -46,7 +47,7 @@ def write_results(folder: Path, result, manifest, classes: Sequence[str], split:
     calibrated = apply_temperature(result.scores, calibration["temperature"], multi_label)
     metrics = _metrics(result, manifest, split, calibration, calibrated, predicted)
     write_json(folder / "metrics.json", metrics)
-    _write_scores(folder / "scores.npz", result, predicted)
+    _write_scores(folder / "scores.npz", result, manifest, predicted)
     _write_predictions(folder / "predictions.csv", result, manifest, classes, calibrated, predicted)
     _write_per_class(folder / "per_class.csv", result, classes, calibration, predicted)
     if not multi_label:
@@ -59,14 +60,17 @@ def _metrics(result, manifest, split, calibration, calibrated, predicted):
     """The content of metrics.json."""
     metrics = {
         "split": split,
-        **evaluate_scores(result.scores, result.labels, predicted=predicted),
+        **evaluate_scores(result.scores, result.labels, predicted=predicted,
+                          groups=manifest.group[result.rows]),
         "loss": float(result.losses.mean()),
         "unreadable": len(result.broken),
+        "silent": 0 if result.silent is None else int(result.silent.sum()),
         "tiles": int(result.n_tiles.sum()),
         "tile_accuracy": float(result.correct_tiles.sum() / result.n_tiles.sum()),
         "temperature": calibration["temperature"],
         "ece": reliability(result.scores, result.labels)[1],
         "ece_calibrated": reliability(calibrated, result.labels)[1],
+        "ece_by_chance": error_by_chance(calibrated, result.labels),
     }
     train_rows = manifest.rows("train")
     if len(train_rows):  # data of another source has none
@@ -75,18 +79,19 @@ def _metrics(result, manifest, split, calibration, calibrated, predicted):
     return metrics
 
 
-def _write_scores(path, result, predicted):
+def _write_scores(path, result, manifest, predicted):
     arrays = {"scores": result.scores.astype(np.float32), "labels": result.labels,
-              "rows": result.rows}
+              "rows": result.rows, "groups": manifest.group[result.rows]}
     if predicted is not None:
         arrays["predicted"] = predicted
-    np.savez(path, **arrays)
+    with atomic_write(path, "wb") as file:
+        np.savez(file, **arrays)
 
 
 def _write_predictions(path, result, manifest, classes, calibrated, predicted):
     """One row per clip: its labels, the predicted classes and the highest calibrated scores."""
     best = np.argsort(-calibrated, axis=1, kind="stable")[:, :TOP]
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with atomic_write(path) as file:
         out = csv.writer(file)
         out.writerow(["path", "start", "end", "label", "prediction", "confidence", "top5"])
         for i, (row, top, scores) in enumerate(zip(result.rows, best, calibrated, strict=True)):
@@ -112,7 +117,7 @@ def _write_per_class(path, result, classes, calibration, predicted):
     if predicted is not None:
         columns.append("threshold")
     rows = per_class(result.scores, result.labels, len(classes), predicted)
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as file:
         out = csv.writer(file)
         out.writerow(columns)
         for i, row in enumerate(rows):
@@ -129,6 +134,10 @@ def result_lines(metrics: dict) -> list[str]:
     head = f"{metrics['split']}: {metrics['n']} clips"
     if metrics["unreadable"]:
         head += f", {metrics['unreadable']} unreadable and skipped"
+    if metrics.get("silent"):
+        head += f", {metrics['silent']} silent"
+    if metrics.get("interval_over") == "groups":
+        head += f"; intervals over their {metrics['groups']} groups"
     lines = [head]
     for key, metric in METRICS.items():
         if key in metrics:
@@ -138,8 +147,7 @@ def result_lines(metrics: dict) -> list[str]:
     if metrics["tiles"] > metrics["n"]:
         lines.append(f"  {'single tiles':<18} {metrics['tile_accuracy']:.3f}   "
                      f"({metrics['tiles']} tiles; the metrics above average them per clip)")
-    lines.append(f"  calibration error  {metrics['ece']:.3f}, {metrics['ece_calibrated']:.3f} at "
-                 f"temperature {metrics['temperature']:.2f} (fitted on validation)")
+    lines.append(_calibration_line(metrics))
     recalls = {third: metrics.get(f"recall_{third}") for third in THIRDS}
     if any(recall is not None for recall in recalls.values()):
         words = [f"{third} {'-' if recall is None else f'{recall:.3f}'}"
@@ -147,6 +155,18 @@ def result_lines(metrics: dict) -> list[str]:
         lines.append(f"  recall of classes  {', '.join(words)}   "
                      "(thirds by number of training clips)")
     return lines
+
+
+def _calibration_line(metrics):
+    if metrics["temperature"] == 1:
+        line = (f"  calibration error  {metrics['ece_calibrated']:.3f} (no temperature lowers the "
+                "loss on held-out validation clips)")
+    else:
+        line = (f"  calibration error  {metrics['ece']:.3f}, {metrics['ece_calibrated']:.3f} at "
+                f"temperature {metrics['temperature']:.2f} (fitted on validation)")
+    if "ece_by_chance" in metrics:
+        line += f"; up to {metrics['ece_by_chance']:.3f} is chance"
+    return line
 
 
 def pooled_results(folders: Sequence[Path], out: Path) -> list[str]:
@@ -162,14 +182,20 @@ def pooled_results(folders: Sequence[Path], out: Path) -> list[str]:
     predicted = None
     if labels.ndim == 2:
         predicted = np.concatenate([fold["predicted"] for fold in arrays])
-    pooled = evaluate_scores(scores, labels, predicted=predicted)
+    groups = None
+    if all("groups" in fold for fold in arrays):
+        groups = np.concatenate([fold["groups"] for fold in arrays])
+    pooled = evaluate_scores(scores, labels, predicted=predicted, groups=groups)
     over_folds = {}
     for key in metrics_for(multi_label=labels.ndim == 2):
         values = [metrics[key] for metrics in fold_metrics]
         over_folds[key] = {"mean": float(np.mean(values)),
                            "deviation": float(np.std(values, ddof=1)), "folds": values}
     write_json(out / "folds.json", {"over_folds": over_folds, "pooled": pooled})
-    lines = [f"\n{len(folders)} folds, {pooled['n']} clips",
+    over = ""
+    if pooled.get("interval_over") == "groups":
+        over = f"; intervals over their {pooled['groups']} groups"
+    lines = [f"\n{len(folders)} folds, {pooled['n']} clips{over}",
              f"{'':<21}mean   deviation over folds   all clips together"]
     for key, folds in over_folds.items():
         low, high = pooled[f"{key}_ci95"]

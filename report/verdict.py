@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metrics import MONITORS
+from metrics import MONITORS, apply_temperature, error_by_chance, reliability
 from util import plural, summarize
 
 from .run_files import Run
@@ -38,23 +38,15 @@ def plural_es(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 'es'}"
 
 
-def wilson(correct: float, n: float, z: float = 1.959964) -> tuple[float, float]:
-    """95% interval (low, high) of a share (E. B. Wilson, 1927); (0, 1) for no clips."""
-    if n == 0:
-        return 0.0, 1.0
-    share, z2 = correct / n, z * z
-    middle = share + z2 / (2 * n)
-    half = z * np.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    low, high = (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
-    return max(0.0, float(low)), min(1.0, float(high))
-
-
 def headline(run: Run) -> tuple[str, str]:
     """The title of the page and the sentences below it."""
     metrics = run.metrics
     clips = plural(metrics["n"], CLIPS[metrics["split"]])
     low, high = metrics["accuracy_ci95"]
-    interval = f"95% interval {100 * low:.1f} to {high:.1%}, by bootstrap over the clips"
+    over = "clips"
+    if metrics.get("interval_over") == "groups":
+        over = f"{metrics['groups']} groups of clips"
+    interval = f"95% interval {100 * low:.1f} to {high:.1%}, by bootstrap over the {over}"
     baseline = (f"Always predicting the most frequent class would be correct for "
                 f"{run.most_frequent_share:.1%}.")
     if not run.multi_label:
@@ -189,6 +181,9 @@ def _data_findings(run, result):
     unreadable = run.metrics["unreadable"]
     _add(result, unreadable, f"{plural(unreadable, 'clip')} of this split could not be read and "
          f"{'is' if unreadable == 1 else 'are'} not counted")
+    silent = run.metrics.get("silent", 0)
+    _add(result, silent, f"{plural(silent, 'clip')} of this split without any signal (peak below "
+         "-90 dBFS); no model can know their class, and their scores count here")
 
 
 def _class_findings(run, result):
@@ -207,7 +202,7 @@ def _class_findings(run, result):
 
 def _accuracy_findings(run, result):
     metrics = run.metrics
-    accuracy, (low, high) = metrics["accuracy"], metrics["accuracy_ci95"]
+    low, high = metrics["accuracy_ci95"]
     _add(result, low <= run.most_frequent_share,
          "Not significantly better than always predicting the most frequent class",
          absent="an accuracy no better than chance")
@@ -220,9 +215,18 @@ def _accuracy_findings(run, result):
     _add(result, high - low > 0.15,
          f"Few clips: one clip is worth {1 / metrics['n']:.1%}, and the interval is "
          f"{100 * (high - low):.0f} points wide")
-    if not run.multi_label:
-        confidence = np.mean([float(clip["confidence"]) for clip in run.clips])
-        _add(result, abs(confidence - accuracy) > 0.1,
-             f"Confidence does not match accuracy: {confidence:.1%} on average, while "
-             f"{accuracy:.1%} are correct; see Confidence",
-             absent="confidence that does not match accuracy")
+    _calibration_findings(run, result)
+
+
+def _calibration_findings(run, result):
+    """Whether the calibration error is larger than chance alone makes it."""
+    metrics = run.metrics
+    error, limit = metrics["ece_calibrated"], metrics.get("ece_by_chance")
+    if limit is None:  # results of an older version
+        scores = apply_temperature(run.scores.astype(np.float64), metrics["temperature"],
+                                   run.multi_label)
+        error, limit = reliability(scores, run.labels)[1], error_by_chance(scores, run.labels)
+    _add(result, error > limit,
+         f"Confidence does not match accuracy: a calibration error of {error:.3f}, while chance "
+         f"alone gives up to {limit:.3f}; see Confidence",
+         absent="confidence that does not match accuracy")

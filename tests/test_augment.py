@@ -4,7 +4,7 @@ import torch
 from scipy import stats
 from scipy.signal import butter, freqz
 
-from data.augment import Augment
+from data.augment import Augment, _filter_response
 from data.clip_rng import Purpose, uniform
 
 
@@ -161,3 +161,15 @@ def test_filters_against_scipys_butterworth():
             expected = np.abs(freqz(b, a, compared, fs=rate)[1])
             assert np.abs(response[compared] - expected).max() < 0.06
     assert min(n_filters.values()) > 70
+
+
+def test_filters_on_a_gpu_are_those_on_a_cpu():
+    """The formula takes arrays on a CPU and tensors on a GPU."""
+    rng = np.random.default_rng(0)
+    numbers = np.stack([rng.uniform(50, 7000, 40), rng.integers(0, 2, 40), rng.integers(0, 2, 40)])
+    numbers = numbers[:, :, None]
+    expected = _filter_response(np.fft.rfftfreq(16001, 1 / 16000), *numbers)
+    hz = torch.fft.rfftfreq(16001, 1 / 16000, dtype=torch.float64)
+    response = _filter_response(hz, *torch.from_numpy(numbers))
+    assert response.shape == expected.shape == (40, 8001)
+    np.testing.assert_allclose(response.numpy(), expected, rtol=1e-12, atol=1e-15)

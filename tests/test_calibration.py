@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import binomtest
 from sklearn.metrics import f1_score
 
 from metrics import (
@@ -11,6 +12,7 @@ from metrics import (
     apply_temperature,
     calibrate,
     check_calibration,
+    error_by_chance,
     fit_temperature,
     fit_thresholds,
     point_metrics,
@@ -87,17 +89,69 @@ def test_thresholds_have_the_best_f1():
         assert fitted == pytest.approx(max(tried))
 
 
-def test_reliability_equals_a_plain_loop():
-    logits, labels = overconfident_logits(500)
+def loop_over_equal_shares(confidence, is_correct, bins=10):
+    """Calibration error of pairs without equal confidences, in bins of n / bins each."""
+    pairs = sorted(zip(confidence, is_correct, strict=True))
+    total = 0.0
+    for b in range(bins):
+        inside = pairs[len(pairs) * b // bins:len(pairs) * (b + 1) // bins]
+        total += abs(sum(p for p, _ in inside) - sum(y for _, y in inside))
+    return total / len(pairs)
+
+
+def test_reliability_equals_a_plain_loop_over_equally_filled_bins():
+    logits, labels = overconfident_logits(503)
     scores = softmax(logits)
     rows, error = reliability(scores, labels)
-    total = 0.0
-    for b in range(10):
-        upper = (b + 1) / 10 if b < 9 else np.inf  # the last bin includes 1
-        inside = [i for i in range(500) if b / 10 <= scores[i].max() < upper]
-        confidence = sum(scores[i].max() for i in inside)
-        total += abs(confidence - sum(scores[i].argmax() == labels[i] for i in inside))
-    assert error == pytest.approx(total / 500) and sum(n for *_, n in rows) == 500
+    expected = loop_over_equal_shares(scores.max(1), scores.argmax(1) == labels)
+    assert error == pytest.approx(expected)
+    assert sum(row.n for row in rows) == 503 and {row.n for row in rows} == {50, 51}
+    for row in rows:
+        interval = binomtest(round(row.accuracy * row.n), row.n).proportion_ci(method="wilson")
+        assert (row.low, row.high) == pytest.approx((interval.low, interval.high), abs=1e-6)
+
+
+def test_equal_confidences_are_in_one_bin_in_any_order():
+    scores = np.array([[0.9, 0.1]] * 60 + [[0.7, 0.3]] * 40)
+    labels = np.array([0, 1] * 50)
+    order = np.random.default_rng(0).permutation(100)
+    for rows, error in (reliability(scores, labels), reliability(scores[order], labels[order])):
+        assert [(row.confidence, row.n) for row in rows] == [
+            (pytest.approx(0.7), 40), (pytest.approx(0.9), 60)]
+        assert error == pytest.approx(0.4 * 0.2 + 0.6 * 0.4)
+    assert reliability(scores[:1], labels[:1])[0][0].n == 1
+
+
+def test_error_by_chance_holds_for_95_percent_of_calibrated_samples():
+    below = []
+    for seed in range(300):
+        logits, labels = overconfident_logits(200, temperature=1.0, seed=seed)
+        scores = softmax(logits)
+        below.append(reliability(scores, labels)[1] <= error_by_chance(scores, labels))
+    assert 0.91 < np.mean(below) < 0.985
+    logits, labels = overconfident_logits(200)  # control: overconfident
+    assert reliability(softmax(logits), labels)[1] > error_by_chance(softmax(logits), labels)
+
+
+def test_temperature_is_used_only_if_it_helps_clips_it_was_not_fitted_on():
+    used = []
+    for seed in range(60):  # 12 clips and scores that are right as they are
+        logits, labels = overconfident_logits(12, temperature=1.0, seed=seed)
+        used.append(calibrate(softmax(logits), labels)["temperature"] != 1)
+    assert np.mean(used) < 0.5
+    logits, labels = overconfident_logits(100)
+    fitted = fit_temperature(softmax(logits), labels)
+    assert calibrate(softmax(logits), labels)["temperature"] == fitted
+    assert calibrate(softmax(logits[:1]), labels[:1])["temperature"] == 1
+
+
+def test_folds_of_the_temperature_hold_out_whole_groups():
+    """Each group is right or wrong as a whole: only groups held out show that nothing is learnt."""
+    scores = np.tile([[0.6, 0.4]], (300, 1))
+    groups = np.repeat(np.arange(3), 100)
+    labels = np.array([0, 0, 1])[groups]
+    assert calibrate(scores, labels, np.arange(300))["temperature"] != 1
+    assert calibrate(scores, labels, groups)["temperature"] == 1
 
 
 def test_calibration_lowers_the_calibration_error_and_keeps_the_predictions():
@@ -153,15 +207,11 @@ def test_multi_label_thresholds_have_the_best_f1_over_the_known_clips():
 
 def test_multi_label_reliability_equals_a_plain_loop():
     scores, labels, _ = multi_label_data()
+    scores = scores + 1e-9 * np.random.default_rng(0).random(scores.shape)  # no equal scores
     known = ~np.isnan(labels)
-    pairs = list(zip(scores[known], labels[known], strict=True))
-    total = 0.0
-    for b in range(10):
-        inside = [(p, y) for p, y in pairs if b / 10 <= p < (b + 1) / 10]
-        total += abs(sum(p for p, _ in inside) - sum(y for _, y in inside))
     rows, error = reliability(scores, labels)
-    assert error == pytest.approx(total / len(pairs))
-    assert sum(n for *_, n in rows) == len(pairs)
+    assert error == pytest.approx(loop_over_equal_shares(scores[known], labels[known]))
+    assert sum(row.n for row in rows) == known.sum()
 
 
 def test_thresholds_are_fitted_to_calibrated_scores_and_improve_macro_f1():

@@ -142,3 +142,76 @@ def test_folds_flag_is_refused_without_folds_or_with_fold(tones, tmp_path, monke
     assert f"--data {tones}: has no folds" in capsys.readouterr().err
     assert program(monkeypatch, tmp_path, "--folds", "all", "--fold", 1, data=tones) == 2
     assert "--folds" in capsys.readouterr().err
+
+
+# --- several runs a side ---
+
+def many_runs(folder, labels, share_wrong, seeds, **flags):
+    """Run folders of several seeds below `folder`, each wrong in its own share of the clips."""
+    rng = np.random.default_rng(int(1000 * share_wrong))
+    wrong = np.where(labels == "a", "b", "a")
+    return [run_folder(folder / f"seed{seed}", np.where(rng.random(len(labels)) < share_wrong,
+                                                         wrong, labels), labels, seed=seed, **flags)
+            for seed in seeds]
+
+
+def test_several_seeds_a_side_give_means_and_one_interval(tmp_path):
+    labels = np.array(["a", "b"] * 100)
+    a = many_runs(tmp_path / "one", labels, 0.3, (0, 1, 2), gamma=2.0)
+    b = many_runs(tmp_path / "two", labels, 0.1, (0, 1, 2), gamma=0.0)
+    lines = compare(tmp_path / "one", tmp_path / "two", tmp_path / "out.png")
+    text = "\n".join(lines)
+    assert "a has 3 runs, b has 3" in text
+    assert "gamma              2.0                      0.0" in text and "  seed" not in text
+
+    def accuracy(folders):
+        tables = [(folder / "test" / "predictions.csv").read_text() for folder in folders]
+        rows = [row for table in tables for row in csv.DictReader(table.splitlines())]
+        return np.mean([row["label"] == row["prediction"] for row in rows])
+
+    line = metric_line(lines, "accuracy")
+    assert f"a {accuracy(a):.3f}   b {accuracy(b):.3f}" in line and "(b is better)" in line
+
+
+def test_folds_are_pooled_and_paired_by_clip(tmp_path):
+    labels = np.array(["a", "b"] * 60)
+    rng = np.random.default_rng(0)
+    wrong = np.where(labels == "a", "b", "a")
+    expected = {}
+    for name, share in (("one", 0.4), ("two", 0.2)):
+        predictions = np.where(rng.random(120) < share, wrong, labels)
+        expected[name] = np.mean(predictions == labels)
+        for fold in range(3):
+            part = slice(40 * fold, 40 * fold + 40)
+            run = run_folder(tmp_path / name / f"fold{fold}", predictions[part], labels[part],
+                             fold=fold)
+            table = (run / "test" / "predictions.csv").read_text().splitlines()
+            (run / "test" / "predictions.csv").write_text("\n".join(
+                [table[0], *(f"{fold}-{line}" for line in table[1:])]))
+    lines = compare(tmp_path / "one", tmp_path / "two", tmp_path / "out.png")
+    assert any("120 clips that both have scored" in line for line in lines)
+    line = metric_line(lines, "accuracy")
+    assert f"a {expected['one']:.3f}   b {expected['two']:.3f}" in line
+    assert any("over the 3 folds" in line and "accuracy" in line for line in lines)
+
+
+def test_interval_of_a_difference_is_over_groups_if_clips_share_some(tmp_path):
+    labels = np.array(["a", "b"] * 100)
+    groups = np.repeat(np.arange(20), 10)
+    wrong = np.where(labels == "a", "b", "a")
+    is_wrong = np.random.default_rng(0).random(20)[groups] < 0.4  # whole groups
+    folders = [run_folder(tmp_path / "one", np.where(is_wrong, wrong, labels), labels),
+               run_folder(tmp_path / "two", labels, labels)]
+    widths = []
+    for given in (None, groups):
+        for folder in folders:
+            arrays = dict(np.load(folder / "test" / "scores.npz"))
+            if given is not None:
+                arrays["groups"] = given
+            np.savez(folder / "test" / "scores.npz", **arrays)
+        lines = compare(*folders, tmp_path / "out.png")
+        line = metric_line(lines, "accuracy")
+        low, high = (float(x) for x in line.split("interval ")[1].split(")")[0].split(" to "))
+        widths.append(high - low)
+    assert widths[1] > 2 * widths[0]
+    assert any("over 20 groups" in line for line in lines)

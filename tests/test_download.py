@@ -150,3 +150,34 @@ def test_a_failed_download_says_how_to_fix_it_and_does_not_start_from_random(
     for name, line in zip(names, lines, strict=True):
         assert line.startswith(f"refused --weights {name}"), line
         assert "cannot be fetched" in line and "--weights none" in line, line
+
+
+def unused_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_missing_network_is_found_before_the_recordings_are_read(tmp_path):
+    """In a fresh process, since the client reads its settings when it is imported."""
+    environment = {**os.environ, "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hub"),
+                   "HF_ENDPOINT": f"http://127.0.0.1:{unused_port()}", "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, ROOT / "train.py", "--data", "no such folder"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True,
+                          timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --weights audioset: ")  # not: no such folder
+    assert done.stderr.count("\n") == 1
+    assert "python train.py --data 'no such folder' --weights none" in done.stderr
+
+
+def test_control_reachable_server_is_not_reported(tmp_path, hub):
+    address = f"http://127.0.0.1:{hub.server_address[1]}"
+    environment = {**os.environ, "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hub"),
+                   "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, ROOT / "train.py", "--data", "no such folder"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True,
+                          timeout=60)
+    assert done.returncode == 2
+    assert "--data" in done.stderr
+    assert "--weights audioset: " not in done.stderr

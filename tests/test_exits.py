@@ -1,14 +1,16 @@
 """How the programs end: the exit code and the line on stderr of every kind of error."""
 import errno
 import os
+import resource
 import runpy
+import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
 
-from core.device.distributed import DistributedError
+from core.device.distributed import Distributed, DistributedError
 from core.device.memory import ClipTooLargeError
 from core.device.precision import DeviceError
 from core.divergence import TrainingError
@@ -106,7 +108,7 @@ def test_ctrl_c_before_a_run_has_begun_ends_with_130(capsys):
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyError("x"), RuntimeError("x"),
-                                   OSError(errno.EIO, "Input/output error"), AssertionError()])
+                                   OSError(errno.ECHILD, "No child processes"), AssertionError()])
 def test_control_unexpected_error_is_raised_with_its_traceback(error):
     with pytest.raises(type(error)):
         run_script(lambda: raise_error(error))
@@ -157,3 +159,131 @@ def test_script_ends_with_2_and_one_line(script, words, name, tmp_path, monkeypa
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert name in error
+
+
+# --- disks, folders, streams, variables ---
+
+@pytest.mark.parametrize("code", [
+    errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ENODEV, errno.EEXIST,
+    errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EHOSTDOWN, errno.EREMOTEIO])
+def test_disk_that_is_away_ends_with_2_and_names_the_file(code, capsys):
+    assert end(OSError(code, os.strerror(code), "out/metrics.json")) == 2
+    line = error_line(capsys)
+    assert line.startswith("out/metrics.json: ")
+    assert os.strerror(code) in line
+
+
+@pytest.mark.parametrize("out", ["/dev/null", "/proc/warble", "file/below", "x" * 300, "/dev/full"])
+def test_folder_for_results_that_cannot_be_made_is_one_line(out, finished_run, tmp_path,
+                                                            monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    for script, words in (("evaluate", ["--ckpt", finished_run / "best.pt", "--out", out]),
+                          ("report/compare", [finished_run, finished_run, out])):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__") if (
+                script == "evaluate") else runpy.run_module("report.compare", run_name="__main__")
+        assert stop.value.code == 2
+        error = capfd.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        assert "Traceback" not in error
+
+
+def test_full_disk_in_evaluate_is_one_line_and_leaves_no_part(finished_run, tmp_path):
+    def limit_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+    done = subprocess.run(
+        [sys.executable, ROOT / "evaluate.py", "--ckpt", finished_run / "best.pt", "--out", "out"],
+        cwd=tmp_path, env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, text=True,
+        preexec_fn=limit_files)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert os.strerror(errno.EFBIG) in done.stderr
+    assert os.listdir(tmp_path / "out") == []
+
+
+class Broken:
+    """A stream that nobody reads."""
+    errors = "strict"
+
+    def __init__(self, error):
+        self.error = error
+        self.handle = os.open(os.devnull, os.O_WRONLY)
+
+    def write(self, text):
+        raise self.error
+
+    def flush(self):
+        if os.path.samestat(os.fstat(self.handle), os.stat(os.devnull)):
+            return
+        raise self.error
+
+    def fileno(self):
+        return self.handle
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "x"), OSError(errno.EIO, "x"),
+                                   OSError(errno.ENOSPC, "x")])
+def test_output_that_nobody_reads_changes_nothing(error, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Broken(error))
+    monkeypatch.setattr(sys, "stderr", Broken(error))
+
+    def main():
+        print("epoch 1")
+        return 3
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    assert stop.value.code == 3
+
+
+def test_control_output_that_nobody_reads_is_an_error_of_print():
+    with pytest.raises(BrokenPipeError):
+        print("epoch 1", file=Broken(BrokenPipeError(errno.EPIPE, "x")))
+
+
+@pytest.mark.parametrize("values", [
+    {"RANK": "1", "WORLD_SIZE": "1"}, {"RANK": "x"}, {"WORLD_SIZE": "0"}, {"LOCAL_RANK": "-1"},
+    {"WORLD_SIZE": "9" * 30}, {"WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "2"},
+    {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"}])
+def test_variables_of_torchrun_that_make_no_sense_are_one_line(values, monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+    def main():
+        Distributed().start(torch.device("cpu"))
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    assert stop.value.code == 2
+    line = error_line(capsys)
+    assert any(name in line for name in values)
+
+
+PLACES = {
+    "without HOME and USER": "env -u HOME -u USER -u LOGNAME {command}",
+    "optimised": "env PYTHONOPTIMIZE=2 {command}",
+    "in a folder that is gone": "mkdir gone && cd gone && rmdir ../gone && {command}",
+    "as an unknown user": "env -u HOME -u USER setpriv --reuid 54321 --clear-groups {command}",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_strange_places_give_one_line_or_work(place, finished_run, tmp_path):
+    if place == "as an unknown user" and os.getuid() != 0:
+        pytest.skip("only root may become somebody else")
+    for words, code in ((f"evaluate.py --ckpt {finished_run}/best.pt --out {tmp_path}/out", 0),
+                        ("train.py --data nowhere", 2), ("predict.py --ckpt nowhere.pt x.wav", 2),
+                        ("train.py --help", 0), ("evaluate.py --help", 0),
+                        ("predict.py --help", 0), ("export.py --help", 0)):
+        command = PLACES[place].format(command=f"{sys.executable} {ROOT}/{words}")
+        done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+        assert "Traceback" not in done.stderr, (words, done.stderr)
+        assert done.returncode in (code, 2), (words, done.stderr)
+        if done.returncode:
+            assert done.stderr.startswith("error: "), (words, done.stderr)
+        if place in ("without HOME and USER", "optimised"):
+            assert done.returncode == code, (words, done.stderr)

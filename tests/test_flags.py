@@ -65,7 +65,7 @@ OUT_OF_RANGE = {
     "--filter-p": ["-0.5"],
     "--shift-p": ["2"],
     "--patchout": ["-0.5", "2"],
-    "--dim": ["0"],
+    "--dim": ["0", "15360"],
     "--depth": ["0", "1001"],
     "--heads": ["0"],
     "--drop-path": ["1"],
@@ -79,6 +79,7 @@ OUT_OF_RANGE = {
 CHOICES = [
     "--size", "--recipe", "--scan", "--short", "--crop", "--schedule", "--monitor", "--loss",
     "--sampler", "--frontend", "--on-divergence", "--amp", "--cache", "--compile", "--folds",
+    "--truncated",
 ]
 
 

@@ -64,7 +64,7 @@ def test_anything_with_an_audio_suffix_is_listed(tmp_path):
     os.symlink("loop.wav", tmp_path / "a/loop.wav")
     os.symlink("self", tmp_path / "a/self")  # ELOOP, without an audio suffix
     manifest = load_manifest(tmp_path)
-    assert manifest.paths == ["a/dangling.wav", "a/folder.wav", "a/loop.wav", "a/ok.wav",
+    assert manifest.paths == ["a/dangling.wav", "a/folder.wav/inside.wav", "a/loop.wav", "a/ok.wav",
                               "a/pipe.wav", "b/ok.wav"]
 
 

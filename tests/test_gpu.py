@@ -86,15 +86,27 @@ def test_host_does_not_wait_for_the_gpu_within_a_step(dtype):
     assert all(torch.isfinite(result.numbers).all() for result in results)
 
 
-def test_control_reading_a_result_makes_the_host_wait():
+def test_control_reading_a_number_makes_the_host_wait():
     learner, micro_batches = make_learner("cuda")
     result = train.train_step(learner, micro_batches, 0)
     torch.cuda.set_sync_debug_mode("error")
     try:
         with pytest.raises(RuntimeError):
-            result.read()
+            result.numbers.tolist()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_reading_a_step_does_not_wait_for_later_work():
+    learner, micro_batches = make_learner("cuda")
+    train.train_step(learner, micro_batches, 0).read()
+    result = train.train_step(learner, micro_batches, 1)
+    torch.cuda._sleep(3_000_000_000)  # cycles: more than a second
+    numbers = result.read()
+    is_still_running = not torch.cuda.current_stream().query()
+    torch.cuda.synchronize()
+    assert is_still_running
+    assert list(numbers[:5]) == result.numbers.tolist()
 
 
 def test_step_that_is_not_finite_changes_neither_weights_nor_rates():

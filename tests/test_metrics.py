@@ -289,3 +289,49 @@ def test_recall_by_frequency_equals_a_result_by_hand():
     few = labels < 2
     assert recall_by_frequency(scores[few], labels[few], counts)["recall_tail"] is None
     assert recall_by_frequency(scores, labels, np.full(len(counts), 7)) == {}
+
+
+# --- intervals over groups ---
+
+def correlated(n_groups, size, seed):
+    """Clips of a group are all right or all wrong: (scores, labels, groups)."""
+    rng = np.random.default_rng(seed)
+    groups = np.repeat(np.arange(n_groups), size)
+    labels = rng.integers(0, 2, len(groups))
+    is_right = (rng.random(n_groups) < 0.6)[groups]
+    return np.eye(2)[np.where(is_right, labels, 1 - labels)], labels, groups
+
+
+def test_interval_over_groups_contains_the_truth_and_the_one_over_clips_does_not():
+    hits = {"groups": 0, "clips": 0}
+    for seed in range(100):
+        scores, labels, groups = correlated(30, 20, seed)
+        for over, given in (("groups", groups), ("clips", None)):
+            result = evaluate_scores(scores, labels, n_boot=200, groups=given)
+            assert result.get("interval_over", "clips") == over
+            low, high = result["accuracy_ci95"]
+            hits[over] += low <= 0.6 <= high
+    assert hits["groups"] >= 86
+    assert hits["clips"] <= 60
+
+
+def test_interval_over_groups_equals_a_loop_over_drawn_groups():
+    scores, labels, groups = correlated(7, 3, 0)
+    codes = np.array([50, 3, 8, 91, 4, 7, 1])[groups]  # any numbers
+    result = evaluate_scores(scores, labels, n_boot=60, seed=3, groups=codes)
+    rng, correct, accuracies = np.random.default_rng(3), scores.argmax(1) == labels, []
+    by_group = [correct[codes == code] for code in np.unique(codes)]
+    for _ in range(60):
+        drawn = rng.integers(0, 7, 7)
+        accuracies.append(np.concatenate([by_group[i] for i in drawn]).mean())
+    assert result["accuracy_ci95"] == pytest.approx(np.percentile(accuracies, (2.5, 97.5)))
+    assert result["groups"] == 7
+
+
+def test_interval_without_shared_groups_is_the_one_over_clips_to_the_last_bit():
+    scores, labels = single_label_data(n=30)
+    plain = evaluate_scores(scores, labels, n_boot=50)
+    for groups in (np.arange(30)[::-1], np.zeros(30, int)):  # all their own, all the same
+        result = evaluate_scores(scores, labels, n_boot=50, groups=groups)
+        assert result.pop("groups") == len(set(groups)) and result.pop("interval_over") == "clips"
+        assert result == plain

@@ -16,7 +16,7 @@ from sklearn.metrics import confusion_matrix
 
 from core.run.log import EPOCH_COLUMNS as HISTORY
 from core.run.log import STEP_COLUMNS as STEPS
-from metrics import METRICS, recall_by_frequency
+from metrics import METRICS, recall_by_frequency, wilson
 from report import confusions, page, verdict
 from report.examples import SuspectSearch
 from report.plots import envelope, thin
@@ -201,8 +201,8 @@ def test_best_epoch_by_loss_is_the_lowest(made):
 def test_wilson_interval_is_scipys():
     for correct, n in ((0, 1), (3, 8), (8, 8), (50, 1200)):
         expected = binomtest(correct, n).proportion_ci(method="wilson")
-        assert verdict.wilson(correct, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
-    assert verdict.wilson(0, 0) == (0, 1)
+        assert wilson(correct, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    assert wilson(0, 0) == (0, 1)
 
 
 def test_table_of_classes_and_thirds(made, source):

@@ -361,6 +361,14 @@ def test_result_lines_have_each_metric_with_its_interval():
         "(thirds by number of training clips)"]
 
 
+def test_result_lines_name_the_groups_and_a_calibration_that_is_chance():
+    lines = result_lines({**FIGURES, "interval_over": "groups", "groups": 3, "ece_by_chance": 0.2})
+    assert lines[0].endswith("; intervals over their 3 groups")
+    assert lines[-1].endswith("; up to 0.200 is chance")
+    lines = result_lines({**FIGURES, "temperature": 1.0, "interval_over": "clips", "groups": 8})
+    assert "groups" not in lines[0] and "no temperature" in lines[-1]
+
+
 def test_a_metric_that_is_added_to_the_table_is_shown_everywhere(monkeypatch):
     monkeypatch.setitem(METRICS, "top3", Metric("top3", "top3", "top-3 accuracy", None))
     lines = result_lines({**FIGURES, "top3": 0.85, "top3_ci95": [0.6, 0.99]})

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from util import InputError, fsync_path
+from util import InputError, fsync_path, if_supported
 
 FORMAT = "warble"
 VERSION = 2  # version 1 is converted when read
@@ -30,8 +30,11 @@ PARTS = {  # what a checkpoint holds, and its type
     "manifest": dict, "bad_files": list, "flags": dict,
     # where the run stands
     "progress": dict, "calibration": dict | None,
+    "fingerprint": dict | None,  # of the recordings, to know them in another place
 }
-DEFAULTS = {"ema": None, "ema_updates": 0.0, "calibration": None}  # missing in early files
+MAX_DEPTH, MAX_TEXT, MAX_CLASSES = 12, 10_000, 100_000  # limits of what a file may hold
+# of parts that are missing in early files
+DEFAULTS = {"ema": None, "ema_updates": 0.0, "calibration": None, "fingerprint": None}
 
 
 class CheckpointError(InputError):
@@ -64,7 +67,7 @@ def as_checkpoint_error(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except CheckpointError:
+    except InputError:
         raise
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError,
             ValueError) as error:
@@ -88,7 +91,8 @@ def save_checkpoint(path: Path, parts: dict) -> tuple[int, float]:
         with open(temporary, "wb") as file:
             torch.save({"format": FORMAT, "version": VERSION, **parts}, file)
             file.flush()
-            os.fsync(file.fileno())
+            with if_supported("syncing of files"):
+                os.fsync(file.fileno())
         if path.exists():
             link(path, previous(path))
         os.replace(temporary, path)
@@ -187,6 +191,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     with as_checkpoint_error(path):
         if version == 1:
             _convert_version_1(state)
+        _check_size(state, path.stat().st_size)
         state = Checkpoint(path, DEFAULTS | state)
         _check_types(state)
         for part in ("model", "ema"):
@@ -205,9 +210,12 @@ def _verify_archive(path):
         with zipfile.ZipFile(path) as archive:
             # torch.save stores plain files without compression. A compressed member could unpack
             # to any size; one that is marked as a folder would be left unread, without an error.
+            # Members may overlap, too, so that their sum is more than the file.
+            members = archive.infolist()
             is_stored = all(member.compress_type == zipfile.ZIP_STORED
-                            and member.external_attr == 0 for member in archive.infolist())
-            damaged = archive.testzip()
+                            and member.external_attr == 0 for member in members)
+            is_stored &= sum(member.file_size for member in members) <= path.stat().st_size
+            damaged = archive.testzip() if is_stored else None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); make it readable or use "
                               "another") from None
@@ -232,10 +240,45 @@ def _convert_version_1(state):
         state["progress"] = progress
 
 
+def _check_size(state, file_size):
+    """Raise ValueError for contents that are far larger than the file, or nested without end.
+
+    A list in a pickle may be used many times and takes two bytes each time: ten levels of ten such
+    uses are 10^10 items to whoever walks through them. What a run writes is written out, so that
+    each item takes a byte or more.
+    """
+    n_items, level = 0, [state]
+    for _ in range(MAX_DEPTH):
+        below = []
+        for item in level:
+            if isinstance(item, dict):
+                below += item.keys()
+                below += item.values()
+            elif isinstance(item, (list, tuple, set)):
+                below += item
+            elif isinstance(item, str) and len(item) > MAX_TEXT:
+                raise ValueError(f"it has a text of {len(item)} characters")
+            elif isinstance(item, int) and abs(item) >= 2**64:
+                raise ValueError("it has a number of more than 64 bits")
+            n_items += 1
+            if n_items + len(below) > file_size:
+                raise ValueError("its contents are larger than the file")
+        if not below:
+            return
+        level = below
+    raise ValueError("its contents are nested too deeply")
+
+
 def _check_types(state):
     for name, kind in PARTS.items():
         if name in state and not isinstance(state[name], kind):
             raise ValueError(f"its {name} is a {type(state[name]).__name__}")
+    for name, value in state.get("flags", {}).items():
+        if not isinstance(name, str) or not isinstance(value, str | int | float | None):
+            raise ValueError(f"its flag {str(name)[:40]} is a {type(value).__name__}")
+    classes = state.get("classes", [])
+    if len(classes) > MAX_CLASSES or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"its classes are not names, or more than {MAX_CLASSES}")
 
 
 def _checked_weight(name, value):

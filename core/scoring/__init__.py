@@ -1,5 +1,5 @@
 """From a checkpoint and recordings to scores."""
-from .evaluation import Evaluation, Scorer, evaluate, window_scores
+from .evaluation import SILENCE_DBFS, Evaluation, Scorer, evaluate, is_silent, window_scores
 from .restore import (
     calibration_of,
     find_checkpoint,
@@ -8,5 +8,5 @@ from .restore import (
     weights_of,
 )
 
-__all__ = ["Evaluation", "Scorer", "calibration_of", "evaluate", "find_checkpoint",
-           "is_multi_label", "restore", "weights_of", "window_scores"]
+__all__ = ["SILENCE_DBFS", "Evaluation", "Scorer", "calibration_of", "evaluate", "find_checkpoint",
+           "is_multi_label", "is_silent", "restore", "weights_of", "window_scores"]

@@ -15,6 +15,9 @@ from data.manifest import Manifest
 from losses import is_correct
 from model.ast import AST
 
+SILENCE_DBFS = -90  # a recording whose peak is below has no signal; one step of 16 bits is -90.3
+SILENCE_PEAK = 10 ** (SILENCE_DBFS / 20)
+
 
 @dataclass
 class Scorer:
@@ -35,6 +38,7 @@ class Evaluation:
     broken: dict[int, str]  # row -> why it could not be read
     n_tiles: np.ndarray  # (n,) of each clip
     correct_tiles: np.ndarray  # (n,) tiles that are classified correctly by themselves
+    silent: np.ndarray | None = None  # (n,) bool: no tile has a signal; None: not known
 
     @classmethod
     def merge(cls, parts: list["Evaluation"]) -> "Evaluation":
@@ -46,8 +50,19 @@ class Evaluation:
             return np.concatenate([getattr(part, name) for part in parts])[order]
 
         broken = {row: reason for part in parts for row, reason in part.broken.items()}
+        silent = None if any(part.silent is None for part in parts) else joined("silent")
         return cls(rows[order], joined("labels"), joined("scores"), joined("losses"), broken,
-                   joined("n_tiles"), joined("correct_tiles"))
+                   joined("n_tiles"), joined("correct_tiles"), silent)
+
+
+def is_silent(wave: torch.Tensor) -> np.ndarray:
+    """Which waveforms have no signal: (B, samples) in [-1, 1] -> (B,) bool.
+
+    A front end that scales each clip would turn rounding noise into a spectrogram like any other.
+    A constant offset is no signal.
+    """
+    peak = (wave - wave.mean(dim=1, keepdim=True)).abs().amax(dim=1)
+    return (peak < SILENCE_PEAK).cpu().numpy()
 
 
 @torch.inference_mode()
@@ -58,15 +73,35 @@ def window_scores(model: AST, frontend: nn.Module, wave: torch.Tensor, precision
     wave (B, samples) -> logits (B, classes) and features (B, dim) on the device, and scores
     (B, classes) in float64 on the CPU: sigmoids if multi_label, else a softmax.
     """
+    logits, scores, features = _scores_on_device(model, frontend, wave, precision, multi_label)
+    return logits, scores.cpu().numpy(), features
+
+
+def _scores_on_device(model, frontend, wave, precision, multi_label):
+    """As window_scores, but nothing is copied to the host: scores (B, classes) float64."""
     wave = wave.to(precision.device, non_blocking=True)
     with precision.autocast():
         features = model.features(frontend(wave))
         logits = model.head(features)
     if multi_label:
-        scores = logits.float().cpu().double().sigmoid()
+        scores = logits.double().sigmoid()
     else:
-        scores = logits.float().softmax(dim=1).cpu().double()
-    return logits, scores.numpy(), features
+        scores = logits.float().softmax(dim=1).double()
+    return logits, scores, features
+
+
+def _score_batch(scorer, batch, multi_label):
+    """Of each tile of a batch: scores (B, classes), loss (B,), is it classified correctly (B,).
+
+    All are float64 on the host, and come from the device in one copy.
+    """
+    logits, scores, _ = _scores_on_device(scorer.model, scorer.frontend, batch.wave,
+                                          scorer.precision, multi_label)
+    target = batch.target.to(logits.device, non_blocking=True)
+    loss, correct = scorer.loss_fn(logits, target), is_correct(logits, target)
+    columns = torch.cat([scores, loss[:, None].double(), correct[:, None].double()], dim=1)
+    columns = columns.cpu().numpy()
+    return columns[:, :-2], columns[:, -2], columns[:, -1]
 
 
 @torch.inference_mode()
@@ -86,6 +121,7 @@ def evaluate(scorer: Scorer, batches: Iterable[Batch], manifest: Manifest, rows:
     scores = np.zeros((len(rows), model.config.n_classes))
     losses = np.zeros(len(rows))
     n_tiles = np.zeros(len(rows), np.int64)
+    silent_tiles = np.zeros(len(rows), np.int64)
     correct_tiles = np.zeros(len(rows), np.int64)
     broken = {}
     is_quiet = progress_title is None or not sys.stderr.isatty()
@@ -97,23 +133,23 @@ def evaluate(scorer: Scorer, batches: Iterable[Batch], manifest: Manifest, rows:
             broken.update(batch.broken)
             if len(batch.rows) == 0:
                 continue
-            logits, tile_scores, _ = window_scores(model, scorer.frontend, batch.wave,
-                                                   precision, manifest.multi_label)
-            loss = scorer.loss_fn(logits, batch.target.to(precision.device, non_blocking=True))
+            tile_scores, loss, correct = _score_batch(scorer, batch, manifest.multi_label)
             indices = [index_of[row] for row in batch.rows.tolist()]
             np.add.at(scores, indices, tile_scores)
-            np.add.at(losses, indices, loss.cpu().double().numpy())
+            np.add.at(losses, indices, loss)
             np.add.at(n_tiles, indices, 1)
-            np.add.at(correct_tiles, indices, is_correct(logits.cpu(), batch.target).numpy())
+            np.add.at(silent_tiles, indices, is_silent(batch.wave))
+            np.add.at(correct_tiles, indices, correct.astype(np.int64))
     readable = np.array([int(row) not in broken for row in rows], dtype=bool) & (n_tiles > 0)
     rows, n_tiles, correct_tiles = rows[readable], n_tiles[readable], correct_tiles[readable]
+    silent = silent_tiles[readable] == n_tiles
     scores = scores[readable] / n_tiles[:, None]
     losses = losses[readable] / n_tiles
     if not np.isfinite(scores).all() or not np.isfinite(losses).all():
         raise TrainingError("the model's scores are not finite: its weights are damaged or the "
                             "precision is too low; try --amp off")
     labels = clip_labels(manifest, rows)
-    return Evaluation(rows, labels, scores, losses, broken, n_tiles, correct_tiles)
+    return Evaluation(rows, labels, scores, losses, broken, n_tiles, correct_tiles, silent)
 
 
 def clip_labels(manifest: Manifest, rows: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from core.run.checkpoint import Checkpoint, CheckpointError, as_checkpoint_error
-from core.run.folder import newest_run
+from core.run.folder import is_being_written, newest_run
 from metrics.calibration import check_calibration
 from model.ast import AST, ASTConfig
 from model.frontend import FrontendConfig, build_frontend
@@ -76,6 +76,9 @@ def find_checkpoint(name: str) -> Path:
         return path
     in_newest_run = newest_run("runs", name)
     if in_newest_run is not None:
+        if is_being_written(in_newest_run.parent):
+            print(f"note: the newest run, {in_newest_run.parent}, is still being written; for "
+                  "another give the path of its checkpoint")
         return in_newest_run
     newest = newest_run("runs", "last.pt")
     if newest is None:

@@ -41,6 +41,8 @@ TARGET = 16000  # Hz, the rate of the model
 TOLERANCE = 1e-4  # of full scale, or of the loudest sample if that is louder
 OUTCOMES = ("accepted", "refused", "crashes", "hangs", "wrong", "errors")
 FAILURES = OUTCOMES[2:]
+MPG123_DELAY = 529  # samples
+FEW = 64  # samples that libsndfile may find or not, by the size of its blocks
 
 
 # --- readers: the project's, and controls that lack one protection each ---
@@ -61,7 +63,8 @@ def project(path):
 def answer_with(wave):
     """The result of `project` for a file that contains `wave` at TARGET Hz."""
     class Info:
-        rate, frames, channels = TARGET, len(wave), 1
+        rate, channels, format = TARGET, 1, "made"
+        frames = declared = len(wave)
 
     return {"info": Info, "whole": wave, "piece": (0, len(wave), wave), "resampled": wave}
 
@@ -124,22 +127,32 @@ def shifted(path):
 
 # --- judging a reader's answer ---
 
-def decode(source, start=0, frames=None):
-    """(rate, channels, mono float64) of a file from `start` on, by soundfile alone."""
+def decode(source, start=0, frames=None, block=16384):
+    """(rate, channels, mono float64, complete) from `start` on, by soundfile alone.
+
+    complete: False if decoding fails before the end; the samples are those before the failure.
+    """
     with sf.SoundFile(source) as file:
         skipped = 0 if file.seekable() else start
         if start > skipped:
             file.seek(start)
         left = np.inf if frames is None else skipped + frames
-        mono = [np.zeros(0)]
+        mono, complete = [np.zeros(0)], True
         while left > 0:
-            requested = int(min(left, 16384))
-            block = file.read(requested, dtype="float32", always_2d=True)
-            mono.append(block.astype(np.float64).mean(axis=1))
-            left -= requested
-            if len(block) < requested:  # the end, as for soundfile.read
+            requested = int(min(left, block))
+            try:
+                samples = file.read(requested, dtype="float32", always_2d=True)
+            except sf.SoundFileError:
+                complete = False
                 break
-        return file.samplerate, file.channels, np.concatenate(mono)[skipped:]
+            mono.append(samples.astype(np.float64).mean(axis=1))
+            left -= requested
+            if len(samples) < requested:  # the end, as for soundfile.read
+                break
+        rate, channels = file.samplerate, file.channels
+    if not complete and block > 64:  # smaller blocks come nearer to the failure
+        return decode(source, start, frames, 64)
+    return rate, channels, np.concatenate(mono)[skipped:], complete
 
 
 def difference(actual, expected):
@@ -160,27 +173,58 @@ def wrong(answer, data, path):
 
     The reference is soundfile, which reads the file from memory and seeks in it on disk.
     """
+    if answer["info"].format.startswith("MP3") and data[:4] == b"RIFF" and b"data" in data:
+        data = data[data.index(b"data") + 8:]  # an MP3 inside a WAV
+        path = os.fspath(path) + ".mp3"
+        Path(path).write_bytes(data)
     try:
         try:
-            rate, channels, expected = decode(io.BytesIO(data))
+            rate, channels, expected, complete = decode(io.BytesIO(data))
         except sf.SoundFileError:  # libsndfile recognizes some MP3s by their suffix only
-            rate, channels, expected = decode(os.fsencode(path))
+            rate, channels, expected, complete = decode(os.fsencode(path))
     except Exception as error:
         return f"accepted, but soundfile refuses it: {error}"
-    info = answer["info"]
+    info, whole = answer["info"], answer["whole"]
     if (info.rate, info.channels) != (rate, channels):
         return (f"{info.rate} Hz, {info.channels} channels; "
                 f"soundfile says {rate} Hz, {channels} channels")
 
-    problem = difference(answer["whole"], expected)
+    if info.format.startswith("MP3") and len(whole) != len(expected):
+        return wrong_beginning(whole, expected)  # soundfile alone misses the end or adds zeros
+    if len(expected) == 0 and b"data" in data:  # a WAV that was cut off before its length
+        place = data.index(b"data") + 8
+        size = (len(data) - place).to_bytes(4, "little")
+        expected = decode(io.BytesIO(data[:place - 4] + size + data[place:]))[2]
+        return difference(whole, expected)
+    if not complete or info.declared > info.frames:  # the sound part before a damaged place
+        if len(whole) < len(expected) - FEW:
+            return f"{len(whole)} samples, but soundfile decodes {len(expected)}"
+        return difference(whole[:len(expected)], expected[:len(whole)])
+    problem = difference(whole, expected)
     if problem:
         return f"whole: {problem}"
     start, length, piece = answer["piece"]
-    problem = difference(piece, decode(os.fsencode(path), start, length)[2])
+    *_, expected_piece, complete = decode(os.fsencode(path), start, length)
+    if not complete:
+        piece = piece[:len(expected_piece)]
+    problem = difference(piece, expected_piece)
     if problem:
         return f"piece: {problem}"
     problem = wrong_resampling(answer["resampled"], info, expected, rate)
     return f"resampled: {problem}" if problem else ""
+
+
+def wrong_beginning(whole, expected):
+    """How an MP3 differs from the part that soundfile finds, or "".
+
+    With a length header, mpg123 leaves out its own delay.
+    """
+    problems = []
+    for delay in (0, MPG123_DELAY):
+        shifted = expected[delay:]
+        n = min(len(whole), len(shifted))
+        problems.append(difference(whole[:n], shifted[:n]))
+    return "" if "" in problems else f"MP3: {problems[0]}"
 
 
 def wrong_resampling(resampled, info, wave, rate):

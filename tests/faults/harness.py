@@ -27,23 +27,41 @@ TIMED_COLUMNS = ("seconds", "clips_per_second", "peak_memory_mb")  # differ betw
 PICTURES = ("schedule", "batch", "curves", "confusion")
 
 
+def exit_code(main, *argv):
+    """Run a script's `main` in this process -> exit code, as the process would have it.
+
+    The line of an expected error is printed; signal handlers are put back.
+    """
+    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    try:
+        return main(list(map(str, argv))) or 0
+    except SystemExit as stop:
+        return stop.code
+    except Exception as error:
+        ending = ending_of(error)
+        if ending is None:
+            raise
+        code, message = ending
+        if message:
+            print_error(message)
+        return code
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
 @contextlib.contextmanager
 def without_pictures(monkeypatch):
-    """No pictures and no report; the signal handlers of before are put back at the end."""
-    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    """No pictures and no report."""
     with monkeypatch.context() as patch:
         for name in PICTURES:
             patch.setattr(pictures, name, lambda *_, **__: None)
         patch.setattr(train, "write_report", lambda *_: "")
-        try:
-            yield patch
-        finally:
-            for signum, handler in handlers.items():
-                signal.signal(signum, handler)
+        yield patch
 
 
 def program(monkeypatch, folder, *flags, data=None, prepare=None):
-    """Run train.main in `folder` -> exit code, as the process would have it.
+    """Run train.main in `folder` -> exit code.
 
     data: start a new tiny run with these recordings. `prepare(patch)` may break things.
     """
@@ -51,19 +69,8 @@ def program(monkeypatch, folder, *flags, data=None, prepare=None):
         patch.setenv("HOME", str(folder))
         if prepare:
             prepare(patch)
-        new = ["--data", str(data), *TINY] if data else []
-        try:
-            return train.main([*new, "--run-dir", str(folder / "run"), *map(str, flags)])
-        except SystemExit as stop:
-            return stop.code
-        except Exception as error:
-            ending = ending_of(error)
-            if ending is None:
-                raise
-            code, message = ending
-            if message:
-                print_error(message)
-            return code
+        new = ["--data", data, *TINY] if data else []
+        return exit_code(train.main, *new, "--run-dir", folder / "run", *flags)
 
 
 def rows(path, without=TIMED_COLUMNS):

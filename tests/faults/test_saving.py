@@ -4,12 +4,13 @@ import contextlib
 import errno
 import os
 import resource
+import shlex
 import shutil
 
 import pytest
 import torch
 from checkpoints import check_one_line, command, in_child, number, numbered, save
-from harness import TINY, program
+from harness import TINY, exit_code, outcome, program, stop_at, without_pictures
 from operations import (
     Operations,
     no_space,
@@ -18,6 +19,10 @@ from operations import (
     without_fsync,
 )
 
+import core.run.log
+import train
+import util
+from core.folds import is_done
 from core.run.checkpoint import (
     FORMAT,
     VERSION,
@@ -250,3 +255,112 @@ def test_full_disk_ends_a_run_with_one_line(tones, tmp_path):
     assert "epoch  1/2" in done.stdout
     assert not list((tmp_path / "run").glob("*.pt*"))
     assert (tmp_path / "run" / "batch.png").stat().st_size < limit
+
+
+# --- disks that go away, file systems that lack things ---
+
+@pytest.mark.parametrize("operation", ["fsync", "replace", "write row"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT,
+                                  errno.ENODEV])
+def test_disk_that_goes_away_is_one_line_with_the_command_to_continue(
+        operation, code, tones, tmp_path, monkeypatch, capsys):
+    """In the second epoch; the checkpoint of the first can be continued."""
+    def prepare(patch):
+        real_step, n_done = train.train_step, 0
+
+        def fail(*_, **__):
+            raise OSError(code, os.strerror(code))
+
+        def train_step(*args):
+            nonlocal n_done
+            n_done += 1
+            if n_done == 8:
+                if operation == "write row":
+                    patch.setattr(core.run.log.CsvLog, "append", fail)
+                else:
+                    patch.setattr(os, operation, fail)
+            return real_step(*args)
+        patch.setattr(train, "train_step", train_step)
+    assert program(monkeypatch, tmp_path, data=tones, prepare=prepare) == 2
+    check_one_line(capsys.readouterr().err, os.strerror(code),
+                   f"--resume --run-dir {tmp_path / 'run'}")
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["progress"]["epoch"] == 1
+    assert program(monkeypatch, tmp_path, "--resume") == 0
+
+
+def unsupported(code, only_folders=False):
+    real = os.fsync
+
+    def operation(target, *_, **__):
+        if only_folders and not os.path.isdir(f"/proc/self/fd/{target}"):
+            return real(target)
+        raise OSError(code, os.strerror(code))
+    return operation
+
+
+@pytest.mark.parametrize("name, code, only_folders", [
+    ("chmod", errno.EPERM, False), ("chmod", errno.ENOTSUP, False), ("fchmod", errno.EPERM, False),
+    ("fsync", errno.EINVAL, True), ("fsync", errno.ENOTSUP, True), ("link", errno.EPERM, False)])
+def test_file_system_that_lacks_an_operation_is_used_without(
+        name, code, only_folders, tones, finished_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(util, "_told", set())
+
+    def prepare(patch):
+        patch.setattr(os, name, unsupported(code, only_folders))
+    assert program(monkeypatch, tmp_path, "--ema", 0, data=tones, prepare=prepare) == 0
+    assert capsys.readouterr().out.count("note: this file system") == (name in ("chmod", "fsync"))
+    assert outcome(tmp_path / "run") == outcome(finished_run)
+
+
+def test_control_disk_that_fails_to_sync_is_no_file_system_without_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", unsupported(errno.EIO))
+    with pytest.raises(CheckpointError):
+        save(tmp_path, 1)
+
+
+# --- folds ---
+
+def test_fold_counts_as_done_only_if_it_is_complete(run_copy):
+    report = run_copy / "report.html"
+    report.touch()
+    assert is_done(run_copy)
+    for file in (report, run_copy / "test" / "metrics.json", run_copy / "test" / "scores.npz"):
+        content = file.read_bytes()
+        file.unlink()
+        assert not is_done(run_copy), file
+        file.write_bytes(content)
+    (run_copy / "test" / "scores.npz").write_bytes(content[:len(content) // 2])
+    assert not is_done(run_copy)
+
+
+@pytest.mark.parametrize("name", ["scores.npz", "predictions.csv", "per_class.csv"])
+def test_results_are_replaced_whole(name, run_copy, tmp_path, monkeypatch):
+    """A death in the middle of writing leaves the old file."""
+    before = (run_copy / "test" / name).read_bytes()
+    real = os.replace
+
+    def die(source, target):
+        if str(target).endswith(name):
+            raise KeyboardInterrupt
+        real(source, target)
+
+    def prepare(patch):
+        patch.setattr(os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        program(monkeypatch, tmp_path, "--resume", prepare=prepare)
+    assert (run_copy / "test" / name).read_bytes() == before
+
+
+def test_interrupted_fold_names_the_command_for_all_folds(tones, tmp_path, monkeypatch, capsys):
+    table = tmp_path / "folds.csv"
+    lines = [f"{path.relative_to(tones)},{path.parent.name},{i % 3}"
+             for i, path in enumerate(sorted(tones.glob("*/*.wav")))]
+    table.write_text("path,label,fold\n" + "\n".join(lines) + "\n")
+    flags = ["--folds", "all", "--audio-dir", tones]
+    assert program(monkeypatch, tmp_path, *flags, data=table, prepare=stop_at(3)) == 143
+    command = shlex.split(capsys.readouterr().out.split("continue with:\n")[1])
+    assert command[:2] == ["python", "train.py"]
+    assert {"--folds=all", f"--run-dir={tmp_path / 'run'}"} <= set(command)
+    with without_pictures(monkeypatch):
+        assert exit_code(train.main, *command[2:]) == 0
+    assert (tmp_path / "run" / "folds.json").exists()
