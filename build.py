@@ -42,6 +42,7 @@ def check_weights(args) -> None:
 def load_data(args, checkpoint, distributed) -> tuple[Manifest, list[tuple[str, str]]]:
     """The clips with their splits, and (path, reason) of unreadable files."""
     if checkpoint is None:
+        distributed.on_first_rank(lambda: check_weights(args))
         manifest, bad_files = distributed.on_first_rank(lambda: prepare(
             args.data, args.audio_dir, args.fold, args.min_clips, args.max_bad_share, args.scan,
             args.seed, args.cache_dir, multi_label=args.loss in SIGMOID_LOSSES,

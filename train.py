@@ -21,7 +21,6 @@ import torch
 import flags
 from build import (
     build_model,
-    check_weights,
     fingerprint_of,
     fit_to_device,
     load_data,
@@ -280,8 +279,6 @@ def main(argv: list[str] | None = None, resume_command: str | None = None) -> in
     if checkpoint is not None:
         args = flags.resumed(args, given, checkpoint)
         device = pick_device(args.device, distributed.local_rank)
-    if checkpoint is None:
-        distributed.on_first_rank(lambda: check_weights(args))
     manifest, bad_files = load_data(args, checkpoint, distributed)
     learner, loss, weights = build_learner(args, manifest, checkpoint, device, distributed)
     args.batch_size = fit_to_device(args, learner, accumulate)  # tries passes of rising size

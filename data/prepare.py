@@ -65,16 +65,7 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
     manifest = load_manifest(data, audio_dir)
     if not multi_label:
         manifest = manifest.single_label()
-    decode_all = len(manifest) <= MAX_CLIPS_TO_DECODE
-    full = scan_mode == "full" or (scan_mode == "auto" and decode_all)
-    result = scan(manifest, cache / "scan", full)
-    failed = {manifest.paths[row]: reason for row, reason in result.reasons.items()}
-    outage = find_outage(manifest.root, failed, manifest.paths, were_there=False)
-    if outage:
-        raise DataError(f"--data {data}: the data are not there: {outage}; bring them back, then "
-                        "give the same command again")
-    if truncated == "refuse":
-        refuse_truncated(result)
+    result = _scan(manifest, data, cache, scan_mode, truncated)
     log(f"data: {manifest.root}")
     _log_indented(log, manifest.notes + summary(result, manifest))
     # Into run.json: which clips are shorter than they claim, and why.
@@ -82,7 +73,6 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
                        for row, reason in list(result.truncated.items())[:MAX_NOTES]]
     bad = _bad_clips(manifest, result, data, max_bad_share)
 
-    manifest.duration = result.duration
     lines = []
     if n_folds:  # before clips are left out, so that the folds stay if a file breaks
         lines += assign_folds(manifest, result.duplicates, n_folds, seed)
@@ -110,6 +100,22 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
             raise DataError(f"--data {data}: no clip is left for {split}; give more recordings, or "
                             "a split column")
     return manifest, bad
+
+
+def _scan(manifest, data, cache, scan_mode, truncated):
+    """Scan the files of a manifest and set its durations. Raises DataError if a disk is away."""
+    decode_all = len(manifest) <= MAX_CLIPS_TO_DECODE
+    full = scan_mode == "full" or (scan_mode == "auto" and decode_all)
+    result = scan(manifest, cache / "scan", full)
+    failed = {manifest.paths[row]: reason for row, reason in result.reasons.items()}
+    outage = find_outage(manifest.root, failed, manifest.paths, were_there=False)
+    if outage:
+        raise DataError(f"--data {data}: the data are not there: {outage}; bring them back, then "
+                        "give the same command again")
+    if truncated == "refuse":
+        refuse_truncated(result)
+    manifest.duration = result.duration
+    return result
 
 
 def _bad_clips(manifest, result, data, max_bad_share):
