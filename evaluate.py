@@ -53,7 +53,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "its split; other = score every clip (default: decided by what is in the files)")
     add("--out", help="folder for the results (default: <run folder>/<split>)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="precision")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="precision "
+        "(default: auto, as in training if the device is the same)")
     add("--batch-size", type=int, default=16, help="tiles at a time")
     add("--workers", type=int, default=0, help="processes that decode audio beside this one")
     args = parse_args(parser, argv)
@@ -70,7 +71,9 @@ def main(argv: list[str] | None = None) -> int:
     path = find_checkpoint(args.ckpt)
     print(f"checkpoint: {path}")
     checkpoint, device = load_checkpoint(path), pick_device(args.device)
-    precision = choose_precision(device, args.amp)
+    same_device = checkpoint.get("device") == device.type
+    precision = choose_precision(device, checkpoint["amp"] if args.amp == "auto" and same_device
+                                 else args.amp)
     print(f"device: {device}, {precision.name} ({precision.reason})")
     model, frontend = restore(checkpoint, device)
     with as_checkpoint_error(path):

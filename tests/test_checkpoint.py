@@ -14,6 +14,7 @@ from core.run.checkpoint import (
     previous,
     save_checkpoint,
 )
+from core.run.log import CsvLog
 
 STATE = {
     "model": {"a": torch.arange(5000.0), "b": torch.ones(3, dtype=torch.bfloat16)},
@@ -153,3 +154,14 @@ def test_version_1_is_converted(tmp_path):
     checkpoint = load_checkpoint(tmp_path / "old.pt")
     assert checkpoint["split_limit"] == 3
     assert checkpoint["progress"] == {"epoch": 1, "step_in_epoch": 4, "step": 9}
+
+
+def test_log_continues_under_other_columns_by_name(tmp_path):
+    """A newer version may have more columns; values must stay below their own names."""
+    path = tmp_path / "history.csv"
+    path.write_text("epoch,loss,lr\n1,0.5,0.1\n2,0.4,0.2\n3,0.3,0.3\n")
+    log = CsvLog(path, ["epoch", "loss", "map", "lr"], last=2)
+    log.append(epoch=3, loss=0.2, map=0.9, lr=0.3)
+    log.sync()
+    assert path.read_text().split() == [
+        "epoch,loss,map,lr", "1,0.5,,0.1", "2,0.4,,0.2", "3,0.2,0.9,0.3"]

@@ -29,8 +29,9 @@ class CsvLog:
         rows = []
         if last and path.exists():
             with open(path, newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.reader(file)
-                        if row and row[0].isdigit() and int(row[0]) <= last]
+                # By name: another version of the program may have written other columns.
+                rows = [[row.get(name) or "" for name in columns] for row in csv.DictReader(file)
+                        if is_number_up_to(row.get(columns[0]), last)]
         with atomic_write(path) as file:
             csv.writer(file).writerows([columns, *rows])
         self.columns = columns
@@ -47,6 +48,10 @@ class CsvLog:
         """Put the rows on disk, before a checkpoint says that they were written."""
         self.file.flush()
         os.fsync(self.file.fileno())
+
+
+def is_number_up_to(text: str | None, last: int) -> bool:
+    return text is not None and text.isdigit() and int(text) <= last
 
 
 class RunLog:

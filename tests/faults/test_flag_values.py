@@ -1,6 +1,7 @@
 """Every flag with odd values: refused in one line, or the run goes on (fault 18)."""
 import argparse
 import random
+import sys
 
 import pytest
 from harness import TINY, exit_code, without_pictures
@@ -17,7 +18,8 @@ NUMBERS = ["0", "-1", "1", "2", "0.5", "1e-300", "1e20", "1e400", "inf", "-inf",
 TEXTS = ["", " ", "x" * 300, "a\nb", "../..", "/dev/null", "/proc/self/mem", "/dev/zero",
          "caf\udce9", "=1+1", "--", "~", "none", "auto", "%s", "{}", "\U0001f426"]
 SAMPLE = 40  # pairs of flag and value that are also run in the short suite
-SLOW = {"--epochs", "--patience", "--smoke", "--compile", "--workers", "--device"}  # only parsed
+# Only parsed: a run with some of their values takes minutes.
+SLOW = {"--epochs", "--patience", "--smoke", "--compile", "--workers", "--device", "--seconds"}
 
 
 def value_flags():
@@ -73,6 +75,7 @@ def run_pairs(pairs, tones, tmp_path, monkeypatch, capsys):
     """Run a tiny training with each value that parsing accepts."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
+    sys.stdout.reconfigure(errors="backslashreplace")  # as core.exits does for the scripts
     with without_pictures(monkeypatch):
         for i, (flag, value) in enumerate(pairs):
             argv = ["--data", tones, *TINY, "--epochs", "1", "--cache", "off"]
