@@ -122,7 +122,8 @@ def innermost_line(stack):
     """The innermost "file:line" of a stack that belongs to the program, or to a mistake here."""
     for frame in reversed(stack):
         path = Path(frame.filename)
-        if path.is_relative_to(ROOT) and frame.name not in WATCHING:
+        is_installed = "site-packages" in path.parts  # a virtual environment may lie in ROOT
+        if path.is_relative_to(ROOT) and not is_installed and frame.name not in WATCHING:
             return f"{path.relative_to(ROOT)}:{frame.lineno}"
     return "backward"  # which runs in a thread of its own
 
