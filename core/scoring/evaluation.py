@@ -61,8 +61,12 @@ def is_silent(wave: torch.Tensor) -> np.ndarray:
     A front end that scales each clip would turn rounding noise into a spectrogram like any other.
     A constant offset is no signal.
     """
+    return _is_silent_on_device(wave).cpu().numpy()
+
+
+def _is_silent_on_device(wave):
     peak = (wave - wave.mean(dim=1, keepdim=True)).abs().amax(dim=1)
-    return (peak < SILENCE_PEAK).cpu().numpy()
+    return peak < SILENCE_PEAK
 
 
 @torch.inference_mode()
@@ -91,17 +95,19 @@ def _scores_on_device(model, frontend, wave, precision, multi_label):
 
 
 def _score_batch(scorer, batch, multi_label):
-    """Of each tile of a batch: scores (B, classes), loss (B,), is it classified correctly (B,).
+    """Of each tile of a batch: scores (B, classes), loss, is it correct, is it silent, each (B,).
 
     All are float64 on the host, and come from the device in one copy.
     """
-    logits, scores, _ = _scores_on_device(scorer.model, scorer.frontend, batch.wave,
-                                          scorer.precision, multi_label)
+    wave = batch.wave.to(scorer.precision.device, non_blocking=True)
+    logits, scores, _ = _scores_on_device(scorer.model, scorer.frontend, wave, scorer.precision,
+                                          multi_label)
     target = batch.target.to(logits.device, non_blocking=True)
-    loss, correct = scorer.loss_fn(logits, target), is_correct(logits, target)
-    columns = torch.cat([scores, loss[:, None].double(), correct[:, None].double()], dim=1)
+    columns = (scorer.loss_fn(logits, target), is_correct(logits, target),
+               _is_silent_on_device(wave))
+    columns = torch.cat([scores, *(column[:, None].double() for column in columns)], dim=1)
     columns = columns.cpu().numpy()
-    return columns[:, :-2], columns[:, -2], columns[:, -1]
+    return columns[:, :-3], columns[:, -3], columns[:, -2], columns[:, -1]
 
 
 @torch.inference_mode()
@@ -133,12 +139,12 @@ def evaluate(scorer: Scorer, batches: Iterable[Batch], manifest: Manifest, rows:
             broken.update(batch.broken)
             if len(batch.rows) == 0:
                 continue
-            tile_scores, loss, correct = _score_batch(scorer, batch, manifest.multi_label)
+            tile_scores, loss, correct, silent = _score_batch(scorer, batch, manifest.multi_label)
             indices = [index_of[row] for row in batch.rows.tolist()]
             np.add.at(scores, indices, tile_scores)
             np.add.at(losses, indices, loss)
             np.add.at(n_tiles, indices, 1)
-            np.add.at(silent_tiles, indices, is_silent(batch.wave))
+            np.add.at(silent_tiles, indices, silent.astype(np.int64))
             np.add.at(correct_tiles, indices, correct.astype(np.int64))
     readable = np.array([int(row) not in broken for row in rows], dtype=bool) & (n_tiles > 0)
     rows, n_tiles, correct_tiles = rows[readable], n_tiles[readable], correct_tiles[readable]
