@@ -25,8 +25,7 @@ from data.prepare import prepare
 from metrics import metrics_for
 from report import pictures
 from report.compare import CompareError, compare
-from tests.faults.harness import outcome, rows, stop_at
-from tests.test_predict import exit_code
+from tests.faults.harness import exit_code, outcome, rows, stop_at
 
 HZ = {"low": 300, "mid": 1200, "high": 4000}
 CLASSES = sorted(HZ)

@@ -21,34 +21,13 @@ from scipy.special import softmax
 import evaluate
 import predict
 import train
-from core.exits import ending_of, print_error
 from core.run.checkpoint import load_checkpoint, save_checkpoint
-from core.run.signals import SIGNALS
 from core.scoring import restore
 from data.audio import fit, read, tile_starts
-from tests.faults.harness import without_pictures
+from tests.faults.harness import exit_code, without_pictures
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 ON_CPU = ["--device", "cpu", "--amp", "off"]
-
-
-def exit_code(main, *flags):
-    """Run a script's main in this process -> its exit code; errors go to stderr."""
-    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
-    try:
-        return main([str(flag) for flag in flags]) or 0
-    except SystemExit as stop:
-        return stop.code
-    except Exception as error:
-        ending = ending_of(error)
-        if ending is None:
-            raise
-        code, message = ending
-        print_error(message)
-        return code
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
 
 
 def run(ckpt, out, *inputs, code=0):

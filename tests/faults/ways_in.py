@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 import pytest
 from checkpoints import check_one_line
-from harness import program, without_pictures
+from harness import exit_code, program, without_pictures
 
 import evaluate
 import train
-from core.exits import ending_of, print_error
 
 MARKER = "code-was-run"
 PROGRAMS = ("evaluate", "resume", "weights")
@@ -40,16 +39,8 @@ class WaysIn(NamedTuple):
                            "--warmup-epochs", 0, data=self.data)
         with without_pictures(self.monkeypatch) as patch:
             patch.setattr(evaluate, "write_report", lambda *_: "")
-            try:
-                out = str(self.folder / "out")
-                return evaluate.main(["--ckpt", str(path), "--device", "cpu", "--out", out])
-            except Exception as error:
-                ending = ending_of(error)
-                if ending is None:
-                    raise
-                code, message = ending
-                print_error(message)
-                return code
+            out = self.folder / "out"
+            return exit_code(evaluate.main, "--ckpt", path, "--device", "cpu", "--out", out)
 
 
 def check_refused(ways_in, path, *names, programs=PROGRAMS):
