@@ -45,8 +45,11 @@ def load_data(args, checkpoint, distributed) -> tuple[Manifest, list[tuple[str, 
         distributed.on_first_rank(lambda: check_weights(args))
         manifest, bad_files = distributed.on_first_rank(lambda: prepare(
             args.data, args.audio_dir, args.fold, args.min_clips, args.max_bad_share, args.scan,
-            args.seed, args.cache_dir, multi_label=args.loss in SIGMOID_LOSSES,
-            truncated=args.truncated, n_folds=args.folds, old=old_run(args)))
+            args.seed, args.cache_dir,
+            multi_label=None if args.loss is None else args.loss in SIGMOID_LOSSES,
+            truncated=args.truncated, n_folds=args.folds, old=old_run(args), seconds=args.seconds,
+            negatives=args.negatives, real_classes=real_classes(args)))
+        flags.choose_loss(args, manifest.needs_sigmoids)
     else:
         with as_checkpoint_error(checkpoint.path):
             manifest = Manifest.from_dict(checkpoint["manifest"])
@@ -64,12 +67,18 @@ def load_data(args, checkpoint, distributed) -> tuple[Manifest, list[tuple[str, 
     return manifest, bad_files
 
 
+def real_classes(args) -> list[str]:
+    """The names in --real-class."""
+    return [name.strip() for name in (args.real_class or "").split(",")]
+
+
 def moved_root(args, manifest, checkpoint) -> Path:
     """Where the recordings of a resumed run are now. Raises DataError if --data has others."""
     data = args.data
     if data != "demo":
         data = find_data(data, cache_folder(args.cache_dir))
-        moved = replace(manifest, root=load_manifest(data, args.audio_dir).root)
+        there = load_manifest(data, args.audio_dir, manifest.classes, negatives=args.negatives)
+        moved = replace(manifest, root=there.root)
         known = checkpoint["fingerprint"]
         with as_checkpoint_error(checkpoint.path):
             if known is None:
@@ -234,7 +243,8 @@ def run_folds(args, given: dict, main: Callable) -> int:
     """--folds all or N: a run of train.py's `main` for each fold, in a folder of its own."""
     if args.folds == "all":
         data = find_data(args.data, cache_folder(args.cache_dir))
-        manifest = load_manifest(data, args.audio_dir)
+        manifest = load_manifest(data, args.audio_dir, real_classes=real_classes(args),
+                                 negatives=args.negatives)
         if manifest.fold is None:
             raise DataError(f"--data {args.data}: has no folds; give a number, such as --folds 5")
         folds, n_folds = sorted(set(manifest.fold.tolist())), None

@@ -17,7 +17,14 @@ import torch
 from core.device.precision import choose_precision, pick_device
 from core.exits import parse_args, run_script
 from core.run.checkpoint import Checkpoint, as_checkpoint_error, load_checkpoint
-from core.scoring import Scorer, calibration_of, evaluate, find_checkpoint, restore
+from core.scoring import (
+    Scorer,
+    calibration_of,
+    evaluate,
+    find_checkpoint,
+    has_sigmoids,
+    restore,
+)
 from core.scoring.given_data import (
     READINGS,
     choose_reading,
@@ -32,10 +39,12 @@ from data.files import find_outage
 from data.load import load_manifest
 from data.manifest import SPLITS, DataError, Manifest
 from data.named import credit, find_data
+from data.negatives import add_negatives, cut_into_windows, load_negatives
 from data.prepare import cache_folder
+from data.scan import scan
 from losses import SIGMOID_LOSSES, build_loss
 from report.results import result_lines, write_results
-from util import summarize
+from util import plural, summarize
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,6 +57,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "test)")
     add("--data", help="other data with the same classes, or the same data in another place; as "
         "for train.py")
+    add("--negatives", help="recordings that contain none of the classes, a folder or a CSV, to "
+        "count false alarms on, beside the clips of --split or --data")
     add("--audio-dir", help="folder that the paths of a CSV given with --data are relative to")
     add("--data-is", choices=READINGS, help="how to read --data: same = the run's own data, with "
         "its split; other = score every clip (default: decided by what is in the files)")
@@ -81,11 +92,15 @@ def main(argv: list[str] | None = None) -> int:
     data = args.data and find_data(args.data, cache_root)
     manifest, rows, split, notes = evaluation_data(checkpoint, data, args.audio_dir, args.split,
                                                    args.data_is)
+    if args.negatives:
+        manifest, rows, more = with_negatives(checkpoint, manifest, rows, args.negatives)
+        notes += more
     notes += [f"  {line}" for line in credit(manifest.root)]
     print("\n".join(notes))
     with as_checkpoint_error(path):
         clips = open_clips(checkpoint, manifest, frontend.config.sample_rate, cache_root)
-        scorer = Scorer(model, frontend, restore_loss(checkpoint, device), precision)
+        scorer = Scorer(model, frontend, restore_loss(checkpoint, device), precision,
+                        has_sigmoids(checkpoint))
     batches = evaluation_batches(clips, rows, args.batch_size, args.workers,
                                  pin=device.type == "cuda")
     result = evaluate(scorer, batches, manifest, rows, progress_title=split)
@@ -116,8 +131,9 @@ def same_command(args, path):
     words = ["python", "evaluate.py", "--ckpt", str(path)]
     if args.split != "test":
         words.append(f"--split={args.split}")
-    for flag, value in (("data", args.data), ("audio-dir", args.audio_dir),
-                        ("data-is", args.data_is), ("out", args.out)):
+    for flag, value in (("data", args.data), ("negatives", args.negatives),
+                        ("audio-dir", args.audio_dir), ("data-is", args.data_is),
+                        ("out", args.out)):
         if value is not None:
             words.append(f"--{flag}={value}")
     return shlex.join(words)
@@ -156,6 +172,7 @@ def evaluation_data(checkpoint: Checkpoint, data: str | None, audio_dir: str | N
     notes = [f"data: {manifest.root}, the split made in training"]
     if data is not None:
         given = load_manifest(data, audio_dir, manifest.classes)
+        given = cut_like_run(given, checkpoint)
         compared = compare_with_run(manifest, given, known_bad)
         if choose_reading(compared, data_is) == "other":
             manifest, notes = other_data(manifest, compared)
@@ -170,6 +187,44 @@ def evaluation_data(checkpoint: Checkpoint, data: str | None, audio_dir: str | N
         raise DataError(f"{manifest.file(rows[0])}: the run's recordings are not there any more; "
                         "give their folder with --data")
     return manifest, rows, split, notes
+
+
+def cut_like_run(given: Manifest, checkpoint: Checkpoint) -> Manifest:
+    """Given data with its negatives cut into windows, as the run's were; see data/negatives.py."""
+    long = given.select(given.is_negative)
+    if len(long) == 0:
+        return given
+    found = scan(long, None, full=False)
+    given.duration = np.zeros(len(given), np.float32)
+    given.duration[given.is_negative] = found.duration
+    with as_checkpoint_error(checkpoint.path):
+        seconds = checkpoint["flags"]["seconds"]
+    cut, _ = cut_into_windows(given, seconds)
+    cut.duration = None  # not known for all
+    return cut
+
+
+def with_negatives(checkpoint: Checkpoint, manifest: Manifest, rows: np.ndarray, negatives: str
+                   ) -> tuple[Manifest, np.ndarray, list[str]]:
+    """Add the recordings of --negatives to the clips to evaluate: (manifest, rows, notes)."""
+    others = load_negatives(negatives)
+    found = scan(others, None, full=False)
+    readable = np.flatnonzero(found.ok)
+    if len(readable) == 0:
+        raise DataError(f"--negatives {negatives}: none of the {len(others)} recordings can be "
+                        f"read; the first: {others.paths[0]}: {found.reasons[0]}")
+    others = others.select(readable)
+    others.duration = found.duration[readable]
+    with as_checkpoint_error(checkpoint.path):
+        others, _ = cut_into_windows(others, checkpoint["flags"]["seconds"])
+    notes = [f"negatives: {plural(len(others), 'window')} of {plural(len(readable), 'recording')} "
+             f"in {others.root}"]
+    if len(readable) < found.ok.size:
+        notes.append(f"  {found.ok.size - len(readable)} unreadable files are left out")
+    code = manifest.split[rows[0]]  # of all clips to evaluate, and of no other clip
+    others.split[:] = code
+    both = add_negatives(manifest, others)
+    return both, np.flatnonzero(both.split == code), notes
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.to == "hf":
             write_hf(new, checkpoint, info, model, frontend)
         else:
-            scorer = WaveformScorer(model, frontend, info["temperature"], info["multi_label"])
+            scorer = WaveformScorer(model, frontend, info["temperature"], info["sigmoid"])
             waves = probe_waves(info["samples"], info["sample_rate"])
             write = write_onnx if args.to == "onnx" else write_torch
             with torch.no_grad():
@@ -100,14 +100,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 class WaveformScorer(nn.Module):
     """Waveforms (B, samples) -> calibrated probabilities (B, classes)."""
 
-    def __init__(self, model: AST, frontend: nn.Module, temperature: float, multi_label: bool):
+    def __init__(self, model: AST, frontend: nn.Module, temperature: float, sigmoid: bool):
         super().__init__()
         self.frontend, self.model = frontend, model
-        self.temperature, self.multi_label = temperature, multi_label
+        self.temperature, self.sigmoid = temperature, sigmoid
 
     def forward(self, waveform: torch.Tensor) -> torch.Tensor:
         logits = self.model(self.frontend(waveform)) / self.temperature
-        return logits.sigmoid() if self.multi_label else logits.softmax(dim=1)
+        return logits.sigmoid() if self.sigmoid else logits.softmax(dim=1)
 
 
 def description(checkpoint: Checkpoint) -> dict:
@@ -121,6 +121,7 @@ def description(checkpoint: Checkpoint) -> dict:
             "short": checkpoint["clip"]["short"],
             **calibration,
             "multi_label": multi_label,
+            "sigmoid": calibration["sigmoid"],
             "frontend": checkpoint["frontend"],
             "epoch": checkpoint["progress"]["epoch"],
         }
@@ -259,7 +260,7 @@ def write_hf(folder: Path, checkpoint: Checkpoint, info: dict, model: AST, front
 
 def hf_config(info, geometry):
     classes = info["classes"]
-    problem = "multi_label_classification" if info["multi_label"] else "single_label_classification"
+    problem = "multi_label_classification" if info["sigmoid"] else "single_label_classification"
     return {
         "architectures": ["ASTForAudioClassification"],
         "model_type": "audio-spectrogram-transformer",

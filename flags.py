@@ -9,6 +9,7 @@ from core.exits import parse_args
 from core.run import CheckpointError, RunError
 from core.run.checkpoint import Checkpoint, SaveTimer
 from data.cache import CACHES
+from data.manifest import DataError
 from data.named import SOURCES
 from data.sampling import SAMPLERS
 from losses import LOSSES, SIGMOID_LOSSES
@@ -152,6 +153,13 @@ def _add_data_flags(add):
         metavar="all|N")
     add("--split-from", None, str, "grown data: clips of this run keep their split, new ones are "
         "added (default: the run of --weights, if it has such clips)", metavar="RUN")
+    add("--negatives", None, str, "more recordings that contain none of the classes: a folder or a "
+        "CSV; others are folders called noise or silence, and rows without a label",
+        metavar="FOLDER_OR_CSV")
+    add("--negative-share", 0.3, number(0, 1), "largest share of clips without a label in an "
+        "epoch; each epoch draws others")
+    add("--real-class", None, str, "folders or labels that are classes although they are called "
+        "noise, background or silence; several with commas", metavar="NAME")
     add("--min-clips", 1, count(1), "leave out classes with fewer clips")
     add("--max-bad-share", 0.05, SHARE, "largest share of unreadable files to start with")
     add("--truncated", "use", ["use", "refuse"], "use what decodes of truncated recordings, or not")
@@ -183,8 +191,9 @@ def _add_training_flags(add):
 
 
 def _add_loss_flags(add):
-    add("--loss", "focal", list(LOSSES), "loss; bce and focal-bce treat each class separately, for "
-        "clips with several labels (a;b in a CSV)")
+    add("--loss", None, list(LOSSES), "loss; bce and focal-bce treat each class separately, for "
+        "clips with several labels (a;b in a CSV) or with none (default: focal, or focal-bce for "
+        "such clips)")
     add("--gamma", 2.0, number(0, 100), "focal losses: focus on hard clips")
     add("--alpha", "none", alpha, "focal loss: class weight: none, a number, or balanced by class "
         "frequency; focal-bce: none, or the weight of present classes, 0 to 1")
@@ -316,17 +325,32 @@ def _other_problem(args):
     return _loss_problem(args) or _geometry_problem(args)
 
 
+def choose_loss(args: argparse.Namespace, needs_sigmoids: bool) -> None:
+    """Set the loss if none was given: one for clips with several labels or none, else focal.
+
+    needs_sigmoids: whether there are such clips. Raises DataError if other flags do not fit.
+    """
+    if args.loss is not None:
+        return
+    args.loss = "focal-bce" if needs_sigmoids else "focal"
+    problem = _loss_problem(args)
+    if problem:
+        raise DataError(f"{problem} (--loss is {args.loss}, since clips have several labels or "
+                        "none)")
+
+
 def _loss_problem(args):
-    if args.logit_adjust and args.loss in SIGMOID_LOSSES:
+    loss = args.loss or "focal"  # see choose_loss
+    if args.logit_adjust and loss in SIGMOID_LOSSES:
         return "--logit-adjust: needs a softmax loss; use --loss focal or ce"
-    if args.label_smoothing and args.loss != "ce":
+    if args.label_smoothing and loss != "ce":
         return "--label-smoothing: only for --loss ce; leave it out, or use --loss ce"
     if args.alpha == "none":
         return None
-    if args.loss not in ("focal", "focal-bce"):
+    if loss not in ("focal", "focal-bce"):
         return (f"--alpha {args.alpha}: only for focal losses; leave it out, or use --loss focal "
                 "or focal-bce")
-    if args.loss == "focal-bce" and (args.alpha == "balanced" or args.alpha > 1):
+    if loss == "focal-bce" and (args.alpha == "balanced" or args.alpha > 1):
         return f"--alpha {args.alpha}: must be none or from 0 to 1 with --loss focal-bce"
     return None
 

@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with interruptions(out, args.batch_size):
         started = time.perf_counter()
-        n_windows = predict_all(model, frontend, batches, precision, labeller.multi_label,
+        n_windows = predict_all(model, frontend, batches, precision, labeller.sigmoid,
                                 new_writer, seconds_of(recording for recording, _ in todo))
         seconds = time.perf_counter() - started
         readable, unreadable = predictions.sort_by_outcome(out, recordings)
@@ -192,21 +192,21 @@ class Labeller:
 
     def __init__(self, checkpoint: Checkpoint, threshold: float | None, top_k: int | None):
         calibration, n_classes = calibration_of(checkpoint), len(checkpoint["classes"])
-        self.multi_label = is_multi_label(checkpoint)
+        self.sigmoid = calibration["sigmoid"]
         self.temperature = calibration["temperature"]
         if threshold is None:
             self.thresholds = np.array(calibration["thresholds"])
         else:
             self.thresholds = np.full(n_classes, threshold)
         # With one label per clip, the second best class is no answer if the best is uncertain.
-        self.top_k = top_k or (n_classes if self.multi_label else 1)
+        self.top_k = top_k or (n_classes if is_multi_label(checkpoint) else 1)
 
     def predicted_classes(self, probabilities: np.ndarray) -> predictions.Labels:
         """Those of the `top_k` best classes that reach their threshold, with calibrated scores.
 
         probabilities: (classes,), not calibrated.
         """
-        scores = apply_temperature(probabilities[None], self.temperature, self.multi_label)[0]
+        scores = apply_temperature(probabilities[None], self.temperature, self.sigmoid)[0]
         best = np.argsort(-scores, kind="stable")[:self.top_k]
         return [[int(i), round(float(scores[i]), 6)] for i in best
                 if scores[i] >= self.thresholds[i]]
@@ -214,7 +214,7 @@ class Labeller:
 
 @torch.inference_mode()
 def predict_all(model, frontend, batches: Iterable[WindowBatch], precision: Precision,
-                multi_label: bool, new_writer: Callable, seconds: float) -> int:
+                sigmoid: bool, new_writer: Callable, seconds: float) -> int:
     """Score every window of the batches, write a part for each recording -> number of windows.
 
     seconds: of audio, for the progress bar. Raises TrainingError if scores are not finite.
@@ -235,7 +235,7 @@ def predict_all(model, frontend, batches: Iterable[WindowBatch], precision: Prec
                 wave = torch.from_numpy(batch.wave)
                 silent = is_silent(wave).tolist()
                 _, probabilities, features = window_scores(model, frontend, wave, precision,
-                                                           multi_label)
+                                                           sigmoid)
                 features = features.float().cpu().numpy()
                 if not np.isfinite(probabilities).all():
                     raise TrainingError("the model's scores are not finite: its weights are "

@@ -45,8 +45,8 @@ from core.smoke import smoke_test
 from data.augment import Augment
 from data.clips import Batch, Clips, TrainLoader, evaluation_batches
 from data.manifest import DataError
-from data.sampling import write_coverage
-from losses import balanced_alpha, build_loss, is_correct
+from data.sampling import epoch_size, write_coverage
+from losses import SIGMOID_LOSSES, balanced_alpha, build_loss, has_label, is_correct
 from metrics import HISTORY_COLUMNS, MONITORS, calibrate, point_metrics, predicted_classes
 from model.groups import parameter_groups
 from report import pictures
@@ -71,7 +71,7 @@ def train_step(learner: Learner, micro_batches: list[Batch], epoch: int,
     loss_scale = scaler.scale(torch.ones((), device=learner.device))  # update() may change it
     sums, losses = accumulate_or_split(learner, micro_batches, epoch, n_clips)
     learner.distributed.sum_gradients(learner.model.parameters())
-    loss_sum, n_correct = learner.distributed.sum_tensor(sums)
+    loss_sum, n_labelled, n_correct = learner.distributed.sum_tensor(sums)
     scaler.unscale_(learner.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), learner.clip_grad)
     is_finite = torch.isfinite(grad_norm) & torch.isfinite(loss_sum)  # a tensor: no wait for a GPU
@@ -81,7 +81,7 @@ def train_step(learner: Learner, micro_batches: list[Batch], epoch: int,
     learner.schedule.step(is_finite)
     if learner.ema:
         learner.ema.update(is_finite)
-    numbers = torch.stack([loss_sum, n_correct, grad_norm, is_finite, loss_scale])
+    numbers = torch.stack([loss_sum, n_labelled, n_correct, grad_norm, is_finite, loss_scale])
     return StepResult(numbers, losses, n_clips, lrs)
 
 
@@ -101,9 +101,10 @@ def accumulate_or_split(learner, micro_batches, epoch, n_clips):
 def accumulate(learner, micro_batches, epoch, n_clips):
     """Forward and backward: add up the gradient of the mean loss over the step's `n_clips` clips.
 
-    Returns the sums of (loss, correct clips) and [(rows, loss of each clip)] of this rank.
+    Returns the sums of (loss, clips with a label, correct ones) and [(rows, loss of each clip)] of
+    this rank.
     """
-    sums, losses = torch.zeros(2, device=learner.device), []
+    sums, losses = torch.zeros(3, device=learner.device), []
     with learner.precision.cast_weights_once():
         for batch in micro_batches:
             spec, target = learner.model_input(batch, epoch)  # (B, n_mels, frames), (B, classes)
@@ -114,8 +115,9 @@ def accumulate(learner, micro_batches, epoch, n_clips):
                     logits = learner.forward(spec[part], drop_noise, patch_ids)
                 loss = learner.loss_fn(logits, target[part])  # (B,) float32, one per clip
                 learner.precision.scaler.scale(loss.sum() / n_clips).backward()
+                n_labelled = has_label(target[part], logits.shape[1]).sum()
                 n_correct = is_correct(logits, target[part]).sum()
-                sums = sums + torch.stack([loss.detach().sum(), n_correct]).float()
+                sums = sums + torch.stack([loss.detach().sum(), n_labelled, n_correct]).float()
                 losses.append((batch.rows[part], loss.detach()))
     return sums, losses
 
@@ -190,7 +192,8 @@ def evaluate_split(args, run: Run, learner: Learner, clips: Clips, split: str) -
 def validate(args, run: Run, learner: Learner, clips: Clips) -> tuple[dict, int]:
     """Evaluate and calibrate on the validation clips -> (row of history.csv, number of clips)."""
     result = evaluate_split(args, run, learner, clips, "val")
-    run.calibration = calibrate(result.scores, result.labels, clips.manifest.group[result.rows])
+    labels = clips.manifest.targets(result.rows) if learner.sigmoid else result.labels
+    run.calibration = calibrate(result.scores, labels, clips.manifest.group[result.rows])
     predicted = None
     if clips.manifest.multi_label:  # at thresholds that were fitted on these very clips
         predicted = predicted_classes(result.scores, run.calibration)
@@ -284,14 +287,15 @@ def main(argv: list[str] | None = None, resume_command: str | None = None) -> in
     args.batch_size = fit_to_device(args, learner, accumulate)  # tries passes of rising size
     clips = open_clips(args, manifest, learner)
     loader = TrainLoader(clips, manifest.rows("train"), args.batch_size, args.effective_batch,
-                         args.seed, sampler=args.sampler, **loading(args, device))
+                         args.seed, sampler=args.sampler, negative_share=args.negative_share,
+                         **loading(args, device))
     describe.print_model(learner, clips, args.weights)
     describe.print_steps(learner, loader)
     describe.print_sampler(loader, args.sampler)
     if args.smoke:
         n_val_tiles = sum(len(clips.tiles(row)) for row in manifest.rows("val"))
         passed = smoke_test(learner, loader.steps(0), lambda step: train_step(learner, step, 0),
-                            len(loader.rows), n_val_tiles, args.epochs, len(bad_files))
+                            loader.clips_per_epoch, n_val_tiles, args.epochs, len(bad_files))
         return OK if passed else TRAINING_FAILED
     if checkpoint is None:
         info = describe.run_info(learner, loader, weights, vars(args), len(bad_files))
@@ -336,6 +340,7 @@ def build_learner(args, manifest, checkpoint, device, distributed) -> tuple[Lear
     model, frontend, weights = build_model(args, manifest, checkpoint, device, distributed)
     train_rows = manifest.rows("train")
     counts = manifest.select(train_rows).counts()
+    n_clips = epoch_size(manifest, train_rows, args.negative_share)
     alpha = None if args.alpha == "none" else args.alpha
     if alpha == "balanced":
         alpha = balanced_alpha(counts).tolist()
@@ -344,14 +349,15 @@ def build_learner(args, manifest, checkpoint, device, distributed) -> tuple[Lear
     groups = parameter_groups(model, args.lr_backbone, args.lr_head, args.weight_decay,
                               args.layer_decay)
     optimizer = torch.optim.AdamW(groups, fused=not args.plain, foreach=False)
-    steps_per_epoch = math.ceil(len(train_rows) / args.effective_batch)
+    steps_per_epoch = math.ceil(n_clips / args.effective_batch)
     schedule = RelativeSchedule(
         optimizer, round(args.warmup_epochs * steps_per_epoch), args.epochs * steps_per_epoch,
         args.schedule, args.min_lr_ratio, device if reads_late(args, device) else None)
     augment = Augment.from_flags(vars(args), frontend.config.sample_rate)
     learner = Learner(model, frontend, augment, build_loss(**loss).to(device), optimizer, schedule,
                       precision, args.clip_grad or math.inf, args.patchout,
-                      EMA(model, args.ema) if args.ema else None, distributed)
+                      EMA(model, args.ema) if args.ema else None, distributed,
+                      sigmoid=args.loss in SIGMOID_LOSSES and manifest.needs_matrix)
     return learner, loss, weights
 
 

@@ -56,9 +56,9 @@ def print_sampler(loader: TrainLoader, sampler: str) -> None:
     if sampler == "shuffle":
         return
     manifest = loader.clips.manifest
-    labels = manifest.labels[loader.rows]  # of several labels the first
+    labels = manifest.labels[loader.labelled]  # of several labels the first
     counts = np.bincount(labels, minlength=len(manifest.classes))
-    per_epoch = quotas(counts, len(loader.rows), SAMPLERS[sampler])
+    per_epoch = quotas(counts, len(loader.labelled), SAMPLERS[sampler])
     by_frequency = np.argsort(-counts, kind="stable")
     examples = by_frequency[[0, len(counts) // 2, -1]]
     changes = ", ".join(f"{manifest.classes[c]} {counts[c]} -> {per_epoch[c]}" for c in examples)

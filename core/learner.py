@@ -39,6 +39,7 @@ class Learner:
     distributed: Distributed = field(default_factory=Distributed)
     splitter: BatchSplitter = field(default_factory=BatchSplitter)
     compiled: Compiled | None = None
+    sigmoid: bool = False  # scores are sigmoids, one class at a time, not a softmax
 
     @property
     def device(self) -> torch.device:

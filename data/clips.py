@@ -21,7 +21,7 @@ from .audio import AudioError, fit, read, tile_starts
 from .cache import MAX_SECONDS, InMemoryClips, WaveCache
 from .clip_rng import Purpose, uniform
 from .manifest import Manifest
-from .sampling import SAMPLERS, epoch_order, epoch_steps
+from .sampling import SAMPLERS, draw_rows, epoch_order, epoch_size, epoch_steps
 from .workers import HANGS_SECONDS, Loader, ignore_signals
 
 
@@ -80,6 +80,7 @@ class Clips(Dataset):
         if short not in ("repeat", "pad"):
             raise ValueError(f"short is {short!r}: use repeat or pad")
         self.manifest = manifest
+        self.needs_matrix = manifest.needs_matrix
         self.rate = rate
         self.samples = samples
         self.short = short
@@ -192,7 +193,7 @@ class Clips(Dataset):
         rows = clip_ids % len(self)
         wave, readable, broken = self._waves(rows, starts)
         rows = rows[readable]
-        if self.manifest.multi_label:
+        if self.needs_matrix:
             target = self.manifest.targets(rows)
         else:
             target = self.manifest.labels[rows].astype(np.int64)
@@ -304,9 +305,13 @@ class TrainLoader:
         workers: int = 0,
         pin: bool = False,
         sampler: str = "shuffle",
+        negative_share: float = 1.0,
     ):
         self.clips = clips
         self.rows = np.asarray(rows)
+        has_label = clips.manifest.has_label[self.rows]
+        self.labelled, self.unlabelled = self.rows[has_label], self.rows[~has_label]
+        self.clips_per_epoch = epoch_size(clips.manifest, rows, negative_share)
         self.seed = seed
         self.power = SAMPLERS[sampler]
         self.batch_size = batch_size
@@ -325,12 +330,15 @@ class TrainLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.rows) // self.effective_batch)  # rounded up
+        return -(-self.clips_per_epoch // self.effective_batch)  # rounded up
 
     def order(self, epoch: int) -> np.ndarray:
         """The clip ids of an epoch in their order, see sampling.epoch_order."""
-        labels = self.clips.manifest.labels[self.rows]
-        return epoch_order(self.rows, self.seed, epoch, labels, self.power, len(self.clips))
+        labels = self.clips.manifest.labels[self.labelled]
+        n_unlabelled = self.clips_per_epoch - len(self.labelled)
+        others = draw_rows(self.unlabelled, n_unlabelled, self.seed, epoch)
+        return epoch_order(self.labelled, self.seed, epoch, labels, self.power, len(self.clips),
+                           others)
 
     def steps(
         self, epoch: int, start: int = 0, rank: int = 0, n_ranks: int = 1

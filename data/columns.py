@@ -1,7 +1,7 @@
 """Choose the columns of a table: which one has the path, the label, the group, the times ..."""
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from util import summarize
 
@@ -133,7 +133,7 @@ def _join_genus_and_species(table):
         has_genus = not first or second.lower().startswith(first.lower() + " ")
         rows.append([*row, second if has_genus else f"{first} {second}".strip()])
     header = [*table.header, f"{table.header[genus]} + {table.header[epithet]}"]
-    return Table(table.path, header, table.numbers, rows, table.notes), len(names)
+    return replace(table, header=header, rows=rows), len(names)
 
 
 def _sort_labels(table, candidates, made_label):

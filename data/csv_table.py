@@ -19,6 +19,7 @@ class Table:
     numbers: list[int]  # of each row as a spreadsheet counts them, for messages
     rows: list[list[str]]  # each as long as the header
     notes: list[str] = field(default_factory=list)  # lines worth printing
+    short: dict[int, int] = field(default_factory=dict)  # number of a row that lacks fields: has
 
     @property
     def names(self) -> list[str]:
@@ -57,12 +58,14 @@ def read_table(path: Path) -> Table:
     (_, header), *lines = lines
     header = [name.strip() for name in header]
     _refuse_missing_header(path, header)
+    short = {number: len(row) for number, row in lines if len(row) < len(header)}
     for number, row in lines:
         if any(row[len(header):]):
             raise DataError(f"{path} row {number}: {len(row)} fields under a header of "
                             f"{len(header)}; put quotes around a field that contains the separator")
         row += [""] * (len(header) - len(row))
-    return Table(path, header, [number for number, _ in lines], [row for _, row in lines])
+    return Table(path, header, [number for number, _ in lines], [row for _, row in lines],
+                 short=short)
 
 
 def as_text(field: str) -> str:

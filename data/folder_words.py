@@ -1,6 +1,6 @@
 """What names of folders say: a split, a fold, a person or machine, a processed copy, nothing."""
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 # Names of splits -> index into SPLITS (train, val, test).
 SPLIT_WORDS = {
@@ -25,10 +25,13 @@ GROUP_WORDS = {
 COPY_WORDS = {"raw", "denoised", "clean", "cleaned", "noisy", "augmented", "aug", "original",
               "originals", "orig", "enhanced", "processed", "filtered", "normalized", "normalised",
               "resampled", "mono", "unprocessed", "preprocessed"}
-NOISE_FOLDERS = {"_background_noise_"}  # of Speech Commands: recordings to mix in, not a class
+# Folders and labels that stand for "none of the classes".
+NEGATIVE_WORDS = {"noise", "background", "background_noise", "silence", "negative", "negatives",
+                  "no_call", "no_calls", "nocall"}
+BIRDNET_NAME = re.compile(r"[A-Z][a-z]+ [a-z-]+_.+")  # Genus species_Common Name
 
 
-def _plain(name):
+def plain_name(name: str) -> str:
     """"Train-Data" and "trainData" are train_data."""
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
@@ -39,7 +42,7 @@ def splits_of(names: Iterable[str]) -> dict[str, int]:
     split_of = {}
     dev = []
     for name in names:
-        words = [word for word in _plain(name).split("_")
+        words = [word for word in plain_name(name).split("_")
                  if word not in _DECORATION and not word.isdigit()]
         if len(words) != 1:
             continue
@@ -53,25 +56,37 @@ def splits_of(names: Iterable[str]) -> dict[str, int]:
 
 def fold_of(name: str) -> int | None:
     """The number of a fold: fold1, Fold_02, cv-3; None for other names."""
-    match = re.fullmatch(r"(?:fold|cv|kfold)_?(\d{1,3})", _plain(name))
+    match = re.fullmatch(r"(?:fold|cv|kfold)_?(\d{1,3})", plain_name(name))
     return int(match[1]) if match else None
 
 
 def is_group(name: str) -> bool:
     """Whether a name is that of a person, machine, place or day: Actor_01, id_00, 2021-05-12."""
-    plain = _plain(name)
-    if re.fullmatch(r"(19|20)\d\d(_?[01]\d(_?[0-3]\d)?)?(_\d+)?", plain):
+    text = plain_name(name)
+    if re.fullmatch(r"(19|20)\d\d(_?[01]\d(_?[0-3]\d)?)?(_\d+)?", text):
         return True
-    match = re.fullmatch(r"([a-z]+)_?\d+[a-z]?", plain)
+    match = re.fullmatch(r"([a-z]+)_?\d+[a-z]?", text)
     return match is not None and match[1] in GROUP_WORDS
 
 
 def is_unlabelled(name: str) -> bool:
     """Whether a folder says that its recordings have no labels."""
-    return _plain(name) in UNLABELLED
+    return plain_name(name) in UNLABELLED
 
 
 def is_copy(name: str) -> bool:
     """Whether a name says that recordings were processed, or that they were not."""
-    words = _plain(name).split("_")
+    words = plain_name(name).split("_")
     return any(word in COPY_WORDS for word in words)
+
+
+def negative_names(names: Collection[str], real_classes: Collection[str] = ()) -> set[str]:
+    """Those of the names of folders or labels that stand for "none of the classes".
+
+    real_classes: names that are classes all the same. Among names as BirdNET-Analyzer has them,
+    "Other" is one of them, too.
+    """
+    words = set(NEGATIVE_WORDS)
+    if any(BIRDNET_NAME.fullmatch(name) for name in names):
+        words.add("other")
+    return {name for name in names if plain_name(name) in words and name not in real_classes}

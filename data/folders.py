@@ -1,6 +1,7 @@
 """Class folders -> a manifest: plain, under train/ val/ test/, or laid out like Speech Commands."""
 import os
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from sys import intern
 
@@ -10,20 +11,24 @@ from .audio import AUDIO_SUFFIXES
 from .build import build_manifest
 from .files import SYSTEM_FOLDERS, IgnoredFiles, count_suffixes, find_audio, suffix
 from .folder_layout import find_layout, refuse_selection_tables
-from .folder_words import NOISE_FOLDERS, is_unlabelled, splits_of
+from .folder_words import BIRDNET_NAME, is_unlabelled, negative_names, splits_of
 from .manifest import DataError, Manifest
+from .negatives import add_negatives, negative_recordings
 
 # Speech Commands lists the paths of two splits; all other files are for training.
 SPLIT_LISTS = {"validation_list.txt": 1, "testing_list.txt": 2}
 
 
-def load_folder(folder: Path) -> Manifest:
-    """Read a folder of class folders. Raises DataError if it is not clear which those are."""
+def load_folder(folder: Path, real_classes: Collection[str] = ()) -> Manifest:
+    """Read a folder of class folders. Raises DataError if it is not clear which those are.
+
+    real_classes: folders that are classes although they are called noise or the like.
+    """
     names, tops, loose, paths, ignored = _list_folder(folder)
     if ignored[".txt"]:
         refuse_selection_tables(folder, tops)
     notes = []
-    paths = _leave_out_noise(folder, paths, notes)
+    paths, negatives = _take_out_negatives(folder, paths, real_classes, notes)
     paths = _leave_out_unlabelled(paths, notes)
     used = {path.split("/", 1)[0] for path in paths}
     if all(name in names for name in SPLIT_LISTS):
@@ -39,8 +44,8 @@ def load_folder(folder: Path) -> Manifest:
         notes.append(f"left out: {plural(len(loose), 'audio file')} outside any class folder, e.g. "
                      f"{loose[0]}")
     if len(used) < len(tops):
-        empty = [top for top in tops if top not in used and top not in NOISE_FOLDERS
-                 and not is_unlabelled(top)]
+        empty = [top for top in tops if top not in used and not is_unlabelled(top)
+                 and not any(path.startswith(top + "/") for path in negatives)]
         if empty:
             notes.append(f"folders without audio: {summarize(empty, 20)}")
     notes += ignored.describe(paths)
@@ -50,32 +55,59 @@ def load_folder(folder: Path) -> Manifest:
     labels = [intern(path.split("/")[layout.class_level]) for path in layout.paths]
     manifest = build_manifest(
         folder.name, folder, layout.paths, labels, notes, split=layout.split, fold=layout.fold,
-        group=layout.group, group_source=layout.sources.get("group"))
+        group=layout.group, group_source=layout.sources.get("group"),
+        label_names=_several_classes(labels), real_classes=real_classes)
     manifest.sources = layout.sources
+    if negatives:
+        split = [_split_of_negative(path, layout) for path in negatives]
+        manifest = add_negatives(manifest, negative_recordings(folder, list(negatives), split))
     return manifest
 
 
-def _leave_out_noise(folder, paths, notes):
-    """Leave out _background_noise_, directly in the folder or in a split's folder."""
-    places = Counter(map(_noise_folder, paths))
-    del places[None]
-    if not places:
-        return paths
-    others = [path for path in paths if _noise_folder(path) is None]
-    for place, n in sorted(places.items()):
-        notes.append(f"left out: {plural(n, 'recording')} in {place}, which is not a class; to mix "
-                     f"them in: --noise-p 0.5 --noise-dir {folder / place}")
-    return others
+def _several_classes(labels):
+    """Labels of folders that name several classes, as BirdNET-Analyzer has them; else None.
+
+    "Genus species_Common Name, Genus other_Other Name": each part is such a name.
+    """
+    names = {label: tuple(part.removeprefix("-") for part in label.split(", "))
+             for label in set(labels) if ", " in label}
+    several = {label: label.split(", ") for label, parts in names.items()
+               if all(BIRDNET_NAME.fullmatch(part) for part in parts)}
+    if not several:
+        return None
+    return [(tuple(several.get(label, [label])), ()) for label in labels]
 
 
-def _noise_folder(path):
-    """The folder of noise that contains a recording, or None."""
-    folders = path.split("/", 2)[:-1]
-    if folders[0] in NOISE_FOLDERS:
-        return folders[0]
-    if len(folders) > 1 and folders[1] in NOISE_FOLDERS and splits_of(folders[:1]):
-        return "/".join(folders)
-    return None
+def _take_out_negatives(folder, paths, real_classes, notes):
+    """-> (paths of classes, {path of a negative: its folder}).
+
+    Folders of negatives are directly in the data, or in the folder of a split.
+    """
+    tops = {path.split("/", 1)[0] for path in paths}
+    splits = set(splits_of(tops))
+    seconds = {path.split("/")[1] for path in paths
+               if path.count("/") > 1 and path.split("/", 1)[0] in splits}
+    empty_tops = negative_names(tops, real_classes)
+    empty_seconds = negative_names(seconds, real_classes)
+    negatives = {}
+    for path in paths:
+        top, *rest = path.split("/")
+        if top in empty_tops:
+            negatives[path] = top
+        elif top in splits and len(rest) > 1 and rest[0] in empty_seconds:
+            negatives[path] = f"{top}/{rest[0]}"
+    for place, n in sorted(Counter(negatives.values()).items()):
+        notes.append(f"negatives: {plural(n, 'recording')} in {place}, which contain none of the "
+                     f"classes; if it is a class: --real-class {place.split('/')[-1]}")
+    return [path for path in paths if path not in negatives], negatives
+
+
+def _split_of_negative(path, layout):
+    """The split of a recording in train/noise, say; -1 if its folder gives none."""
+    if layout.split is None:
+        return -1
+    top = path.split("/", 1)[0]
+    return splits_of([top, "train"]).get(top, -1)
 
 
 def _leave_out_unlabelled(paths, notes):

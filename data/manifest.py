@@ -42,7 +42,7 @@ def portable_path(path: str) -> str:
 
 class LabelSet(NamedTuple):
     """The labels of a clip that may have several, as indices into the classes."""
-    present: tuple[int, ...]  # the first label, then the others in rising order
+    present: tuple[int, ...]  # the first label, then the others in rising order; () for none
     unknown: tuple[int, ...]  # may be in the clip or not; in rising order
 
 
@@ -52,12 +52,15 @@ class Manifest:
 
     In multi-label data each clip has a set of labels, and `labels` is the first of each set.
     Counts, splits and rare classes use all labels, samplers only the first one.
+
+    A clip without any label has -1 in `labels`. If no class is unknown in it either, it is a
+    negative: a recording that is known to contain none of the classes.
     """
     name: str
     root: Path  # absolute
     classes: list[str]
     paths: list[str]  # relative to root, with /; bytes that are not UTF-8 as surrogate escapes
-    labels: np.ndarray  # (n,) int32 index into classes
+    labels: np.ndarray  # (n,) int32 index into classes, -1 for none
     start: np.ndarray  # (n,) float32 seconds into the file
     end: np.ndarray  # (n,) float32 seconds into the file; nan is the end of the file
     group: np.ndarray  # (n,) int32: clips of one recording share a code
@@ -97,10 +100,36 @@ class Manifest:
         """Whether clips may have several labels; scores are then sigmoids."""
         return self.label_set is not None
 
+    @property
+    def has_label(self) -> np.ndarray:
+        """(n,) bool: which clips have a label."""
+        return self.labels >= 0
+
+    @property
+    def is_negative(self) -> np.ndarray:
+        """(n,) bool: which clips are known to contain none of the classes."""
+        if not self.multi_label:
+            return self.labels < 0
+        is_empty = [not any(label_set) for label_set in self.label_sets]
+        return np.array(is_empty, bool)[self.label_set]
+
+    @property
+    def needs_matrix(self) -> bool:
+        """Whether class indices are not enough as targets: several labels, or none."""
+        return self.multi_label or not self.has_label.all()
+
+    @property
+    def needs_sigmoids(self) -> bool:
+        """Whether a softmax does not fit: clips have several labels, or none."""
+        has_several = any(len(label_set.present) > 1 for label_set in self.label_sets)
+        return has_several or not self.has_label.all()
+
     def positives(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Every label of these rows: (m,) index into `rows`, (m,) class."""
         if not self.multi_label:
-            return np.arange(len(rows)), self.labels[rows]
+            labels = self.labels[rows]
+            labelled = np.flatnonzero(labels >= 0)
+            return labelled, labels[labelled]
         present = [self.label_sets[i].present for i in self.label_set[rows].tolist()]
         counts = np.array([len(classes) for classes in present], np.int64)
         classes = np.array([c for classes in present for c in classes], np.int32)
@@ -115,12 +144,23 @@ class Manifest:
         targets[self.positives(rows)] = 1
         return targets
 
+    def strata(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """As `positives`, but clips without a label are a class of their own, len(classes)."""
+        clips, classes = self.positives(rows)
+        unlabelled = np.flatnonzero(self.labels[rows] < 0)
+        if len(unlabelled) == 0:
+            return clips, classes
+        extra = np.full(len(unlabelled), len(self.classes), np.int32)
+        clips, classes = np.append(clips, unlabelled), np.append(classes, extra)
+        order = np.argsort(clips, kind="stable")
+        return clips[order], classes[order]
+
     def label_text(self, row: int) -> str:
-        """The class of a row; several are joined as a; b."""
+        """The class of a row; several are joined as a; b; none is an empty text."""
         if self.multi_label:
             classes = self.label_sets[self.label_set[row]].present
         else:
-            classes = [self.labels[row]]
+            classes = [label for label in [self.labels[row]] if label >= 0]
         return "; ".join(self.classes[c] for c in classes)
 
     def counts(self) -> np.ndarray:
@@ -140,10 +180,11 @@ class Manifest:
         new_index: (old classes,) index of each old class in `classes`, -1 if it is dropped.
         """
         new_index = np.asarray(new_index)
-        result = self.select(self.rows_with(new_index >= 0))
+        result = self.select(self.rows_with(new_index >= 0) | ~self.has_label)
         result.classes = list(classes)
         if not self.multi_label:
-            result.labels = new_index[result.labels].astype(np.int32)
+            labels = new_index[result.labels]  # of a clip without a label: any, replaced here
+            result.labels = np.where(result.has_label, labels, -1).astype(np.int32)
             return result
 
         def translate(old_classes):
@@ -160,12 +201,13 @@ class Manifest:
         return replace(
             self, label_sets=label_sets,
             label_set=np.array([index[tidy[pair]] for pair in sets], np.int32),
-            labels=np.array([present[0] for present, _ in sets], np.int32))
+            labels=np.array([first_label(pair) for pair in sets], np.int32))
 
     def single_label(self) -> Manifest:
-        """The manifest for a softmax loss: one label per clip, secondary labels are dropped.
+        """The manifest for a softmax loss: one label per clip, or none.
 
-        Raises DataError if clips have several labels.
+        Secondary labels are dropped, and so are clips in which a single class is known to be
+        absent. Raises DataError if clips have several labels.
         """
         if not self.multi_label:
             return self
@@ -177,9 +219,14 @@ class Manifest:
                 f"as {self.paths[rows[0]]} ({self.label_text(rows[0])}): use --loss bce or "
                 "focal-bce with --monitor val_map; if the separator is part of a class name, "
                 "rename that class")
-        note = ("secondary labels are not used by a softmax loss and count as absent; --loss bce "
-                "or focal-bce masks them out")
-        return replace(self, label_set=None, label_sets=[], notes=[*self.notes, note])
+        result = self.select(self.has_label | self.is_negative)
+        if len(result) < len(self):
+            result.notes.append(f"left out: {len(self) - len(result)} clips that a softmax loss "
+                                "cannot learn, negatives of single classes; --loss focal-bce can")
+        if any(label_set.unknown for label_set in self.label_sets if label_set.present):
+            result.notes.append("secondary labels are not used by a softmax loss and count as "
+                                "absent; --loss bce or focal-bce masks them out")
+        return replace(result, label_set=None, label_sets=[])
 
     # ---- plain types
 
@@ -221,7 +268,7 @@ class Manifest:
             raise ValueError("the columns of its manifest have different lengths")
         if type(self.sources) is not dict:
             raise TypeError("the sources of its manifest are no dict")
-        valid = (np.isin(self.labels, range(len(self.classes))).all()
+        valid = (np.isin(self.labels, range(-1, len(self.classes))).all()
                  and np.isin(self.split, range(-1, len(SPLITS))).all()
                  and (self.start >= 0).all() and not (self.end < 0).any())
         if self.duration is not None:  # a made-up one would be years of tiles
@@ -231,24 +278,30 @@ class Manifest:
             raise ValueError("its manifest has a label, split, start, end or duration out of "
                              "range")
         for present, unknown in self.label_sets:
-            if not present or not _are_distinct_indices([*present, *unknown], len(self.classes)):
-                raise ValueError("its manifest has a set of labels that is empty, repeats a class "
-                                 "or is out of range")
+            if not _are_distinct_indices([*present, *unknown], len(self.classes)):
+                raise ValueError("its manifest has a set of labels that repeats a class or is out "
+                                 "of range")
         if self.multi_label:
             if not np.isin(self.label_set, range(len(self.label_sets))).all():
                 raise ValueError("its manifest has an index of a label set out of range")
-            if not (self.labels == [self.label_sets[i].present[0] for i in self.label_set]).all():
+            first = np.array([first_label(label_set) for label_set in self.label_sets])
+            if not (self.labels == first[self.label_set]).all():
                 raise ValueError("its manifest has labels that do not match the label sets")
         for path in self.paths:
             if path.startswith("/") or "\0" in path or ".." in path.split("/"):
                 raise ValueError(f"its manifest names {path[:80]}, outside the data folder")
 
 
+def first_label(label_set: tuple[tuple, tuple]) -> int:
+    """The first label of a (present, unknown) pair, -1 if it has none."""
+    present, _ = label_set
+    return present[0] if present else -1
+
+
 def _tidy(present, unknown):
     """A LabelSet in its normal form; a class that is present is not unknown too."""
-    first = present[0]
-    others = sorted(set(present) - {first})
-    return LabelSet((first, *others), tuple(sorted(set(unknown) - set(present))))
+    others = sorted(set(present) - set(present[:1]))
+    return LabelSet((*present[:1], *others), tuple(sorted(set(unknown) - set(present))))
 
 
 def _are_distinct_indices(classes, n_classes):

@@ -25,6 +25,8 @@ def class_lines(manifest: Manifest) -> list[str]:
     order = np.argsort(-counts, kind="stable").tolist()
 
     width = min(40, max(map(len, manifest.classes)))
+    if not manifest.has_label.all():
+        width = max(width, 15)
     lines = [f"{'class':<{width}} {'clips':>7} {'minutes':>8} {'groups':>7}"]
     if n_classes <= MAX_CLASS_LINES - 1:
         shown, hidden = order, []
@@ -38,6 +40,12 @@ def class_lines(manifest: Manifest) -> list[str]:
         name = manifest.classes[c]
         name = name if len(name) <= width else name[:width - 3] + "..."
         lines.append(f"{name:<{width}} {counts[c]:>7,} {minutes[c]:>8.1f} {groups[c]:>7,}")
+    for name, chosen in (("(none of them)", manifest.is_negative),
+                         ("(one is absent)", ~manifest.has_label & ~manifest.is_negative)):
+        if chosen.any():
+            n_groups = len(np.unique(manifest.group[chosen]))
+            lines.append(f"{name:<{width}} {chosen.sum():>7,} {seconds[chosen].sum() / 60:>8.1f} "
+                         f"{n_groups:>7,}")
     return lines
 
 

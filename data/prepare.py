@@ -1,7 +1,7 @@
 """Labelled recordings -> a checked manifest with splits, ready to train on."""
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from .folds import assign_folds
 from .load import load_manifest
 from .manifest import SPLITS, DataError, Manifest
 from .named import find_data
+from .negatives import cut_into_windows
 from .old_split import OldRun, extend_split
 from .overview import class_lines, source_lines, warning_lines
 from .scan import refuse_truncated, scan, summary
@@ -41,18 +42,21 @@ def cache_folder(name: str | os.PathLike | None = None) -> Path:
 def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
             fold: int | None = None, min_clips: int = 1, max_bad_share: float = 0.05,
             scan_mode: str = "auto", seed: int = 0, cache_dir: str | os.PathLike | None = None,
-            log: Callable[[str], None] = print, multi_label: bool = False,
-            truncated: str = "use", n_folds: int | None = None, old: OldRun | None = None
-            ) -> tuple[Manifest, list[tuple[str, str]]]:
+            log: Callable[[str], None] = print, multi_label: bool | None = False,
+            truncated: str = "use", n_folds: int | None = None, old: OldRun | None = None,
+            seconds: float = 4.0, negatives: str | os.PathLike | None = None,
+            real_classes: Collection[str] = ()) -> tuple[Manifest, list[tuple[str, str]]]:
     """Find, scan, clean and split the recordings.
 
     data: "demo", class folders, a CSV, a known layout or the name of a data set.
     scan_mode: "full" decodes every file once, "headers" does not, "auto" does up to 5,000 clips.
     cache_dir: see `cache_folder`; for the scan's index and for data sets.
-    multi_label: whether the loss can learn clips with several labels.
+    multi_label: whether the loss can learn clips with several labels; None: as the data need it.
     truncated: "use" what truncated recordings have, or "refuse" them.
     n_folds: make this many folds instead of those of the data; `fold` is then the test.
     old: an earlier run, whose clips keep their split.
+    seconds: the length of a window, into which recordings without a label are cut.
+    negatives, real_classes: see `load_manifest`.
 
     -> (manifest of the readable clips, (path, reason) of each other one). Raises DataError.
     """
@@ -62,7 +66,9 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
             "  python train.py --data FOLDER_OR_CSV --warmup-epochs 0 --batch-size 4")
         data = write_demo(DEMO)
     data = find_data(data, cache, log)
-    manifest = load_manifest(data, audio_dir)
+    manifest = load_manifest(data, audio_dir, real_classes=real_classes, negatives=negatives)
+    if multi_label is None:
+        multi_label = manifest.needs_sigmoids
     if not multi_label:
         manifest = manifest.single_label()
     result = _scan(manifest, data, cache, scan_mode, truncated)
@@ -78,9 +84,10 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
         lines += assign_folds(manifest, result.duplicates, n_folds, seed)
     n_scanned = len(manifest)
     rows = np.flatnonzero(result.ok)
-    manifest = manifest.select(rows)
+    manifest, cut_from = cut_into_windows(manifest.select(rows), seconds)
+    rows = rows[cut_from]
     if min_clips > 1:
-        is_frequent = manifest.rows_with(manifest.counts() >= min_clips)
+        is_frequent = manifest.rows_with(manifest.counts() >= min_clips) | ~manifest.has_label
         manifest, dropped = drop_rare(manifest, min_clips)
         rows = rows[is_frequent]
         lines += dropped
@@ -132,11 +139,13 @@ def _bad_clips(manifest, result, data, max_bad_share):
 
 
 def _renumber(sets, rows, n):
-    """Sets of the n old rows, as sets of the rows that were selected from them."""
-    new_row = np.full(n, -1, np.int64)  # -1: not selected
-    new_row[rows] = np.arange(len(rows))
-    renumbered = [new_row[old_rows] for old_rows in sets]
-    renumbered = [new_rows[new_rows >= 0].tolist() for new_rows in renumbered]
+    """Sets of the n old rows, as sets of the new rows, (k,) the old row that each is from."""
+    set_of = np.full(n, -1, np.int64)  # -1: in none
+    for number, old_rows in enumerate(sets):
+        set_of[old_rows] = number
+    renumbered = [[] for _ in sets]
+    for new_row in np.flatnonzero(set_of[rows] >= 0).tolist():
+        renumbered[set_of[rows[new_row]]].append(new_row)
     return [new_rows for new_rows in renumbered if new_rows]
 
 

@@ -12,6 +12,7 @@ from .clip_rng import Purpose, uniform
 
 if TYPE_CHECKING:
     from .clips import TrainLoader
+    from .manifest import Manifest
 
 # --sampler -> power: the share of a class in an epoch is proportional to (number of clips) ** power
 SAMPLERS = {"shuffle": 1.0, "sqrt": 0.5, "balanced": 0.0}
@@ -33,6 +34,25 @@ def quotas(counts: ArrayLike, total: int, power: float) -> np.ndarray:
     return rounded
 
 
+def epoch_size(manifest: "Manifest", rows: ArrayLike, negative_share: float) -> int:
+    """How many of these training clips an epoch has.
+
+    Clips without a label may be at most this share of them.
+    """
+    has_label = manifest.has_label[np.asarray(rows, np.int64)]
+    n_labelled, n_unlabelled = int(has_label.sum()), int((~has_label).sum())
+    if negative_share < 1:
+        n_wanted = round(n_labelled * negative_share / (1 - negative_share))
+        n_unlabelled = min(n_unlabelled, n_wanted)
+    return n_labelled + n_unlabelled
+
+
+def draw_rows(rows: np.ndarray, number: int, seed: int, epoch: int) -> np.ndarray:
+    """A random choice of `number` rows, in their order, another one in each epoch."""
+    keys = uniform(seed, epoch, rows, "negatives of an epoch", 1)[:, 0]
+    return rows[np.sort(np.argsort(keys, kind="stable")[:number])]
+
+
 def epoch_order(
     rows: ArrayLike,
     seed: int,
@@ -40,21 +60,23 @@ def epoch_order(
     labels: np.ndarray | None = None,
     power: float = 1.0,
     n_clips: int = 0,
+    others: ArrayLike = (),
 ) -> np.ndarray:
-    """The clip ids of an epoch in their order, (len(rows),) int64.
+    """The clip ids of an epoch in their order, (len(rows) + len(others),) int64.
 
     rows: (n,) rows of the training clips. With a power of 1, each row occurs exactly once.
     Otherwise each class occurs as often as `quotas` says, and its rows take turns.
     labels: (n,) class of each row; n_clips: rows of the manifest. data/clips.py explains clip ids.
+    others: rows without a label; each occurs once.
     """
     rows = np.asarray(rows, np.int64)
-    keys = uniform(seed, epoch, rows, Purpose.ORDER, 1)[:, 0]
-    shuffled = np.argsort(keys, kind="stable")
-    order = rows[shuffled]
+    others = np.asarray(others, np.int64)
     if power == 1:
-        return order
+        rows = np.append(rows, others)
+        return rows[_random_order(rows, seed, epoch)]
 
-    labels_in_order = np.asarray(labels)[shuffled]
+    shuffled = _random_order(rows, seed, epoch)
+    order, labels_in_order = rows[shuffled], np.asarray(labels)[shuffled]
     clip_ids = []
     for c, quota in enumerate(quotas(np.bincount(labels), len(rows), power)):
         if quota == 0:
@@ -62,9 +84,14 @@ def epoch_order(
         class_rows = order[labels_in_order == c]
         repeat, turn = np.divmod(np.arange(quota), len(class_rows))
         clip_ids.append(class_rows[turn] + repeat * n_clips)
-    clip_ids = np.concatenate(clip_ids)
+    clip_ids = np.concatenate([*clip_ids, others])
+    return clip_ids[_random_order(clip_ids, seed, epoch)]
+
+
+def _random_order(clip_ids, seed, epoch):
+    """Indices that put the clips of an epoch into their order."""
     keys = uniform(seed, epoch, clip_ids, Purpose.ORDER, 1)[:, 0]
-    return clip_ids[np.argsort(keys, kind="stable")]
+    return np.argsort(keys, kind="stable")
 
 
 def epoch_steps(order: np.ndarray, batch_size: int, effective_batch: int) -> list[list[list[int]]]:
@@ -137,7 +164,7 @@ def write_coverage(loader: "TrainLoader", epochs: int, path: str | os.PathLike) 
                 f"{share[row]:.3f}",
                 " ".join(map(str, tenths[row])),
             ])
-    share = share[loader.rows]
-    mean = np.average(share, weights=clips.total[loader.rows])
+    share = share[loader.labelled]
+    mean = np.average(share, weights=clips.total[loader.labelled])
     return (f"coverage in {epochs} epochs: {mean:.0%} of the training audio, "
             f"{np.median(share):.0%} of the median clip, {share.min():.0%} of the least covered")

@@ -11,6 +11,7 @@ from util import atomic_write, plural, printable, summarize
 from .folds import NO_FOLD
 from .grouping import indices_by_value
 from .manifest import SPLITS, DataError, Manifest, portable_path
+from .negatives import split_negatives
 from .stratify import TEST, TRAIN, VAL, split_train
 
 COLUMNS = ["path", "label", "split", "group", "start", "end"]
@@ -44,7 +45,9 @@ def assign_splits(manifest: Manifest, duplicates: Sequence[Sequence[int]], val: 
     empty = [name for name, n in zip(manifest.classes, counts) if n == 0]
     if empty:
         lines.append(f"classes without a readable clip: {summarize(empty)}")
-    given = [name for i, name in enumerate(SPLITS) if (manifest.split == i).any()]
+    is_labelled = manifest.has_label
+    given = [name for i, name in enumerate(SPLITS)
+             if (manifest.split[is_labelled] == i).any()]
     if not given:
         single = [name for name, n in zip(manifest.classes, counts) if n == 1]
         if single:
@@ -62,6 +65,7 @@ def assign_splits(manifest: Manifest, duplicates: Sequence[Sequence[int]], val: 
         if given:
             names = " and ".join(SPLITS[split] for split in new)
             lines.append(f"{names} made out of train with seed {seed}")
+    lines += split_negatives(manifest, duplicates, val, test, seed)
     _check_train_has_all_classes(manifest)
     sizes = ", ".join(f"{len(manifest.rows(name))} {name}" for name in SPLITS)
     n_groups = plural(int(manifest.group.max()) + 1, "group")
@@ -81,6 +85,7 @@ def _split_by_fold(manifest, fold):
         raise DataError(f"--fold {fold} is the only fold, so nothing is left to train on; leave "
                         "the column fold out")
     manifest.split[:] = np.where(manifest.fold == fold, TEST, TRAIN)
+    manifest.split[~manifest.has_label & (manifest.fold == NO_FOLD)] = -1  # see split_negatives
     if len(folds) == 2:
         return f"fold {fold} is the test, the other one is for training"
     next_fold = folds[(folds.index(fold) + 1) % len(folds)]

@@ -52,7 +52,7 @@ def _units_of(manifest, duplicates, rows, seed):
     """-> (the units of these rows, (k,) int32 unit of each row, numbered from 0)."""
     unit = undivided(manifest, duplicates)[rows]
     unit = np.unique(unit, return_inverse=True)[1].astype(np.int32)
-    row_index, classes = manifest.positives(rows)
+    row_index, classes = manifest.strata(rows)
     return _Units(unit[row_index], classes, _random_keys(manifest.paths, rows, unit, seed)), unit
 
 
@@ -216,6 +216,7 @@ def _describe_gaps(manifest, units, split_of_unit, new):
                 raise DataError(f"{problem}; add recordings, or give a CSV with a column group")
             lines.append(problem)
     n_units = {c: len(entries) for c, entries in sorted(units.entries_of.items())}
+    n_units.pop(len(manifest.classes), None)  # clips without a label
     undivided = [manifest.classes[c] for c, n in n_units.items() if n == 1]
     if undivided:
         lines.append("in train only, since all their clips are in one group: "

@@ -30,7 +30,7 @@ NOT_WESTERN = re.compile(
 
 
 def load_table(path: Path, audio_dir: str | os.PathLike | None,
-               known_classes: Collection[str]) -> Manifest:
+               known_classes: Collection[str], real_classes: Collection[str] = ()) -> Manifest:
     """Read a table; see `load_manifest`. Raises DataError."""
     table = read_table(path)
     table, notes = _join_xeno_canto(table, audio_dir)
@@ -38,7 +38,7 @@ def load_table(path: Path, audio_dir: str | os.PathLike | None,
     notes = [*table.notes, *notes, *columns.notes]
 
     fields = _parse_fields(table, columns, notes)
-    labels = [names[0] for names in fields["label"]]
+    labels = [names[0] if names else "" for names in fields["label"]]
     start, end = _times(table, fields)
     place = locate_files(table, audio_dir, fields["path"], labels, fields.get("fold"),
                          fields.get("folder"))
@@ -56,7 +56,7 @@ def load_table(path: Path, audio_dir: str | os.PathLike | None,
         name, place.root, [place.paths[row] for row in rows], [labels[row] for row in rows], notes,
         split=fields.get("split"), fold=fields.get("fold"), start=start[rows], end=end[rows],
         group=fields.get("group"), group_source=sources.get("group"),
-        label_names=_label_names(fields), known_classes=known_classes)
+        label_names=_label_names(fields), known_classes=known_classes, real_classes=real_classes)
     manifest.sources = sources
     return manifest
 
@@ -139,13 +139,22 @@ def _parse_fields(table, columns, notes):
             fields[role] = _parse_names(table, columns.index[role], fields[role], role, notes)
         else:
             fields[role] = [()] * len(table.rows)
-    if () in fields["label"]:
-        row = fields["label"].index(())
-        column = columns.index["label"]
-        text = table.rows[row][column].strip()
-        raise DataError(f"{table.path} row {table.numbers[row]}: {table.header[column]} is "
-                        f"{text!r}; make it the name of a class")
+    for row, names in enumerate(fields["label"]):
+        if not names:
+            _check_no_label(table, columns.index["label"], row)
     return fields
+
+
+def _check_no_label(table, column, row):
+    """Raise DataError unless the label of a row is empty on purpose: the clip is a negative."""
+    place = f"{table.path} row {table.numbers[row]}"
+    header, text = table.header[column], table.rows[row][column].strip()
+    if column >= table.short.get(table.numbers[row], len(table.header)):
+        raise DataError(f"{place} ends before its {header}; add the name of a class, or an empty "
+                        "field if the clip contains none")
+    if text and not BRACKETS.fullmatch(text):
+        raise DataError(f"{place}: {header} is {text!r}; make it the name of a class, or leave it "
+                        "empty if the clip contains none")
 
 
 def _parse_column(table, column, texts, parse, wanted):
@@ -275,7 +284,7 @@ def _label_names(fields):
     """(all labels, secondary labels) of each row; None if every row has just one label."""
     has_several = any(len(names) > 1 for names in fields["label"])
     if not has_several and not any(fields["secondary label"]):
-        return None
+        return None  # at most one label per row
     return list(zip(fields["label"], fields["secondary label"], strict=True))
 
 

@@ -1,7 +1,8 @@
 """Losses: (logits (B, C), target) -> (B,) float32, one value per clip.
 
 target: class indices (B,) or soft labels (B, C). The sigmoid losses also take several labels per
-clip, (B, C), with NaN for a class of which it is unknown whether the clip contains it.
+clip, (B, C), with NaN for a class of which it is unknown whether the clip contains it. A clip that
+contains none of the classes has zeros; a softmax loss then wants all classes to be equally likely.
 
 All compute in float32 from log-softmax or log-sigmoid. So logits of any size, also in float16, give
 finite values and gradients. None averages over clips: the caller divides the sum by the number of
@@ -19,15 +20,32 @@ def soft_target(target: Tensor, n_classes: int) -> Tensor:
     return target.float()
 
 
+def softmax_target(target: Tensor, n_classes: int) -> Tensor:
+    """As `soft_target`, for a softmax: what a target lacks to 1 is spread over all classes.
+
+    So a clip of none of the classes has a uniform target, and one that is mixed with it a part of
+    that. Source: A. R. Dhamija et al., "Reducing Network Agnostophobia", 2018.
+    """
+    target = soft_target(target, n_classes)
+    missing = 1 - target.sum(dim=1, keepdim=True)
+    missing = torch.where(missing > 1e-6, missing, 0.0)  # less is rounding
+    return target + missing / n_classes
+
+
 def is_correct(logits: Tensor, target: Tensor) -> Tensor:
     """Is the highest-scoring class one of the clip's labels? -> (B,) bool.
 
     logits (B, C), target class indices (B,) or labels (B, C). Unknown classes (NaN) are ignored.
-    For a mixed clip, the labels of its larger part count.
+    For a mixed clip, the labels of its larger part count. It is False for a clip without a label.
     """
     target = soft_target(target, logits.shape[1])
     predicted = logits.masked_fill(target.isnan(), -torch.inf).argmax(dim=1, keepdim=True)
     return target.gather(1, predicted)[:, 0] >= 0.5
+
+
+def has_label(target: Tensor, n_classes: int) -> Tensor:
+    """Whether `is_correct` can be true: (B,) bool. Arguments as there."""
+    return (soft_target(target, n_classes) >= 0.5).any(dim=1)
 
 
 class FocalLoss(nn.Module):
@@ -51,7 +69,7 @@ class FocalLoss(nn.Module):
         loss = -torch.exp(self.gamma * log_not_p) * log_p
         if self.alpha is not None:
             loss = loss * self.alpha
-        return (soft_target(target, logits.shape[1]) * loss).sum(dim=1)
+        return (softmax_target(target, logits.shape[1]) * loss).sum(dim=1)
 
 
 class CrossEntropy(nn.Module):
@@ -63,7 +81,7 @@ class CrossEntropy(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        target = soft_target(target, logits.shape[1])
+        target = softmax_target(target, logits.shape[1])
         target = target * (1 - self.label_smoothing) + self.label_smoothing / logits.shape[1]
         return -(target * F.log_softmax(logits.float(), dim=1)).sum(dim=1)
 

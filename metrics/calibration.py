@@ -1,8 +1,8 @@
 """Calibration: a temperature that makes scores match how often they are right, and thresholds.
 
 Both are fitted on validation clips. Scores (n, C) are probabilities: of softmax (each row adds up
-to 1) if each clip has one label (labels (n,)), else of sigmoid, one class at a time (labels (n, C)
-of 0, 1 and nan for unknown).
+to 1) if labels are (n,) class indices, -1 for none; else of sigmoid, one class at a time (labels
+(n, C) of 0, 1 and nan for unknown). A temperature of a softmax is fitted on clips with a label.
 
 scipy is imported inside the functions: that takes a quarter of a second, which --help can save.
 """
@@ -29,7 +29,7 @@ def calibrate(
     temperature = fit_temperature(scores, labels)
     if not temperature_helps(scores, labels, groups):
         temperature = 1.0
-    calibrated = apply_temperature(scores, temperature, multi_label=np.ndim(labels) == 2)
+    calibrated = apply_temperature(scores, temperature, sigmoid=np.ndim(labels) == 2)
     return {"temperature": temperature, "thresholds": fit_thresholds(calibrated, labels)}
 
 
@@ -51,7 +51,7 @@ def temperature_helps(
     for fold in range(n_folds):
         is_out = fold_of == fold
         logs, targets = _log_odds(scores[~is_out], labels[~is_out])
-        if len(targets) == 0:  # multi-label: all unknown
+        if len(targets) == 0:  # nothing is known of these clips
             continue
         temperature = fit_temperature(scores[~is_out], labels[~is_out])
         logs, targets = _log_odds(scores[is_out], labels[is_out])
@@ -87,20 +87,20 @@ def check_calibration(calibration: Mapping[str, Any], n_classes: int) -> dict[st
 
 def predicted_classes(scores: ArrayLike, calibration: Mapping[str, Any]) -> np.ndarray:
     """Apply the temperature and the thresholds to sigmoid scores (n, C) -> (n, C) bool."""
-    calibrated = apply_temperature(scores, calibration["temperature"], multi_label=True)
+    calibrated = apply_temperature(scores, calibration["temperature"], sigmoid=True)
     return calibrated >= calibration["thresholds"]
 
 
 def apply_temperature(
-    scores: ArrayLike, temperature: float, multi_label: bool = False
+    scores: ArrayLike, temperature: float, sigmoid: bool = False
 ) -> np.ndarray:
     """Divide the logits of probabilities (n, C) by a temperature -> probabilities (n, C).
 
-    softmax(log(p) / T), which equals softmax(logits / T); multi-label: sigmoid(logit(p) / T).
+    softmax(log(p) / T), which equals softmax(logits / T); sigmoid: sigmoid(logit(p) / T).
     """
     from scipy.special import expit, softmax
 
-    if multi_label:
+    if sigmoid:
         return expit(_logit(scores) / temperature)
     return softmax(_log(scores) / temperature, axis=1)
 
@@ -148,7 +148,8 @@ def _log_odds(scores, labels):
     Multi-label: a row for each known pair of clip and class, with absent and present.
     """
     if labels.ndim == 1:
-        return _log(scores), labels
+        has_label = labels >= 0
+        return _log(scores[has_label]), labels[has_label]
     known = ~np.isnan(labels)
     logits = _logit(scores[known])
     return np.stack([np.zeros_like(logits), logits], axis=1), labels[known].astype(int)

@@ -4,6 +4,9 @@ Conventions, the same in every function:
 
 * `scores` are (n, C). `labels` are (n,) class indices if each clip has one label. For multi-label
   data they are (n, C): 1 if the clip contains the class, 0 if it does not, nan if unknown.
+* A clip may have no label: -1, or a row without 1. It counts as a clip without the class where a
+  class is told from all else (average precision, and decisions by thresholds). Accuracy, and the
+  other figures of single-label data, are of the clips with a label.
 * Single-label: the predicted class is the one with the highest score, the first one on a tie.
   Multi-label: `predicted` (n, C) says which classes are predicted, by default those with a score of
   at least 0.5. A clip is ignored for the classes that are unknown in it.
@@ -26,8 +29,8 @@ class Outcome:
     Single-label data become the same arrays as multi-label data: every class is known, and one
     class per clip is positive and one is predicted.
 
-    scores: (n, C). known, positives, predicted: (n, C) bool. top_correct: (n,) bool, whether the
-    highest-scoring known class is a label of the clip.
+    scores: (n, C). known, positives, predicted: (n, C) bool. has_label: (n,) bool. top_correct:
+    (n,) bool, whether the highest-scoring known class is a label of the clip.
     Raises ValueError as described in `evaluate_scores`.
     """
 
@@ -39,8 +42,10 @@ class Outcome:
         if self.n == 0:
             raise ValueError("no clips to evaluate")
         self.multi_label = np.ndim(labels) == 2
-        check_labels = _check_label_matrix if self.multi_label else _check_class_indices
-        labels = check_labels(labels, self.n_classes, "labels")
+        if self.multi_label:
+            labels = _check_label_matrix(labels, self.n_classes)
+        else:
+            labels = _check_class_indices(labels, self.n_classes, "labels", lowest=-1)
         if len(labels) != self.n:
             raise ValueError(f"{len(labels)} labels for {self.n} rows of scores")
         broken = np.flatnonzero(~np.isfinite(scores).all(axis=1))
@@ -54,10 +59,14 @@ class Outcome:
         else:
             self.known = np.ones(scores.shape, dtype=bool)
             self.positives = labels[:, None] == np.arange(self.n_classes)
+        self.has_label = self.positives.any(axis=1)
+        if not self.has_label.any():
+            raise ValueError("no clip has a label")
         top_class = np.where(self.known, scores, -np.inf).argmax(axis=1)
         self.top_correct = self.positives[np.arange(self.n), top_class]
         if not self.multi_label:
             self.predicted = top_class[:, None] == np.arange(self.n_classes)
+            self.predicted &= self.has_label[:, None]
         else:
             predicted = scores >= 0.5 if predicted is None else np.asarray(predicted, dtype=bool)
             if predicted.shape != labels.shape:
@@ -89,8 +98,8 @@ class WeightedCounts:
 
     @cached_property
     def clips(self) -> np.ndarray:
-        """All clips: (R,)."""
-        return self.weights.sum(axis=0)
+        """Clips with a label: (R,)."""
+        return self.outcome.has_label @ self.weights
 
     @cached_property
     def top_correct(self) -> np.ndarray:
@@ -124,11 +133,11 @@ class WeightedCounts:
 
 
 def accuracy(counts: WeightedCounts) -> np.ndarray:
-    """Share of clips whose highest-scoring class is correct.
+    """Share of clips with a label whose highest-scoring class is correct.
 
     Multi-label: the highest-scoring known class is one of the clip's labels.
     """
-    return counts.top_correct / counts.clips
+    return ratio(counts.top_correct, counts.clips)
 
 
 def balanced_accuracy(counts: WeightedCounts) -> np.ndarray:
@@ -301,24 +310,22 @@ def confusion(labels: ArrayLike, predictions: ArrayLike, n_classes: int) -> np.n
     return cells.reshape(n_classes, n_classes)
 
 
-def _check_class_indices(values, n_classes, what):
+def _check_class_indices(values, n_classes, what, lowest=0):
     values = np.asarray(values)
     if values.ndim != 1 or not (np.issubdtype(values.dtype, np.integer) or values.size == 0):
         raise ValueError(f"{what} must be (n,) integers, got {values.shape} {values.dtype}")
-    outside = np.flatnonzero((values < 0) | (values >= n_classes))
+    outside = np.flatnonzero((values < lowest) | (values >= n_classes))
     if len(outside):
         row = outside[0]
-        raise ValueError(f"row {row} of the {what} is {values[row]}, outside 0..{n_classes - 1}")
+        raise ValueError(f"row {row} of the {what} is {values[row]}, outside "
+                         f"{lowest}..{n_classes - 1}")
     return values.astype(np.int64)
 
 
-def _check_label_matrix(values, n_classes, what):
+def _check_label_matrix(values, n_classes):
     values = np.asarray(values, dtype=np.float64)
     is_valid = np.isin(values, (0, 1)) | np.isnan(values)
     if values.shape[1] != n_classes or not is_valid.all():
         raise ValueError(
-            f"multi-label {what} must be (n, {n_classes}) of 0, 1 and nan, got {values.shape}")
-    empty = np.flatnonzero(~(values == 1).any(axis=1))
-    if len(empty):
-        raise ValueError(f"row {empty[0]} of the {what} has no class")
+            f"multi-label labels must be (n, {n_classes}) of 0, 1 and nan, got {values.shape}")
     return values

@@ -79,7 +79,7 @@ def usage_code(info: dict, c, frames: int, has_extractor: bool, scaling: tuple[f
         lengthened = f"np.resize(wave, {n})"
     else:
         lengthened = f"np.pad(wave, (0, {n} - len(wave)))"
-    scores = "sigmoid()" if info["multi_label"] else "softmax(dim=1)"
+    scores = "sigmoid()" if info["sigmoid"] else "softmax(dim=1)"
     if has_extractor:
         imports = "from transformers import AutoFeatureExtractor, AutoModelForAudioClassification"
         features = f'''extractor = AutoFeatureExtractor.from_pretrained(folder)

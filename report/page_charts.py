@@ -91,7 +91,7 @@ def reliability_diagram(run: Run) -> str:
     """Confidence against accuracy, before and after temperature scaling."""
     metrics = run.metrics
     scores = run.scores.astype(np.float64)
-    calibrated = apply_temperature(scores, metrics["temperature"], run.multi_label)
+    calibrated = apply_temperature(scores, metrics["temperature"], run.sigmoid)
     curves = [
         (f"uncalibrated, error {metrics['ece']:.3f}", reliability(scores, run.labels)[0]),
         (f"temperature {metrics['temperature']:.2f}, error {metrics['ece_calibrated']:.3f}",

@@ -21,6 +21,7 @@ from metrics import (
 from util import atomic_write, write_json
 
 from . import pictures
+from .false_alarms import false_alarm_lines, write_false_alarms
 from .run_files import load_scores
 
 TOP = 5  # classes with their scores in a row of predictions.csv
@@ -31,33 +32,43 @@ def write_results(folder: Path, result, manifest, classes: Sequence[str], split:
                   calibration: dict) -> dict:
     """Write the results of one evaluated split into `folder` and return its metrics.
 
-    Files: metrics.json, scores.npz, predictions.csv, per_class.csv, and confusion.png unless clips
-    may have several labels. metrics.json and scores.npz hold uncalibrated scores. predictions.csv
-    holds calibrated ones, as predict.py writes them; so do multi-label decisions.
+    Files: metrics.json, scores.npz, predictions.csv, per_class.csv, confusion.png unless clips may
+    have several labels, and false_alarms.csv if there are negatives. metrics.json and scores.npz
+    hold uncalibrated scores. predictions.csv holds calibrated ones, as predict.py writes them; so
+    do multi-label decisions and false alarms.
 
     Args:
         result: an Evaluation: rows (n,), labels (n,) or (n, C), scores (n, C), losses (n,), n_tiles
             (n,), correct_tiles (n,), broken.
         manifest: the clips that `result.rows` points into.
-        calibration: {"temperature": float, "thresholds": (C,) floats}.
+        calibration: {"temperature": float, "thresholds": (C,) floats, "sigmoid": bool}.
     """
     folder.mkdir(parents=True, exist_ok=True)
     multi_label = result.labels.ndim == 2
     predicted = predicted_classes(result.scores, calibration) if multi_label else None
-    calibrated = apply_temperature(result.scores, calibration["temperature"], multi_label)
+    calibrated = apply_temperature(result.scores, calibration["temperature"],
+                                   calibration["sigmoid"])
     metrics = _metrics(result, manifest, split, calibration, calibrated, predicted)
+    metrics["false_alarms"] = write_false_alarms(
+        folder / "false_alarms.csv", calibrated, result, manifest, classes, calibration)
     write_json(folder / "metrics.json", metrics)
     _write_scores(folder / "scores.npz", result, manifest, predicted)
-    _write_predictions(folder / "predictions.csv", result, manifest, classes, calibrated, predicted)
+    _write_predictions(folder / "predictions.csv", result, manifest, classes, calibrated, predicted,
+                       calibration)
     _write_per_class(folder / "per_class.csv", result, classes, calibration, predicted)
     if not multi_label:
-        matrix = confusion(result.labels, result.scores.argmax(axis=1), len(classes))
+        labelled = result.select(result.labels >= 0)
+        matrix = confusion(labelled.labels, labelled.scores.argmax(axis=1), len(classes))
         pictures.confusion(matrix, classes, folder / "confusion.png")
     return metrics
 
 
 def _metrics(result, manifest, split, calibration, calibrated, predicted):
-    """The content of metrics.json."""
+    """The content of metrics.json, without false alarms."""
+    chosen = manifest.has_label[result.rows]
+    if predicted is not None:  # decisions of yes or no are right or wrong without a label, too
+        chosen = np.ones_like(chosen)
+    scores, calibrated, labels = result.scores[chosen], calibrated[chosen], result.labels[chosen]
     metrics = {
         "split": split,
         **evaluate_scores(result.scores, result.labels, predicted=predicted,
@@ -66,11 +77,12 @@ def _metrics(result, manifest, split, calibration, calibrated, predicted):
         "unreadable": len(result.broken),
         "silent": 0 if result.silent is None else int(result.silent.sum()),
         "tiles": int(result.n_tiles.sum()),
-        "tile_accuracy": float(result.correct_tiles.sum() / result.n_tiles.sum()),
+        "tile_accuracy": float(result.correct_tiles[chosen].sum() / result.n_tiles[chosen].sum()),
         "temperature": calibration["temperature"],
-        "ece": reliability(result.scores, result.labels)[1],
-        "ece_calibrated": reliability(calibrated, result.labels)[1],
-        "ece_by_chance": error_by_chance(calibrated, result.labels),
+        "sigmoid": calibration["sigmoid"],
+        "ece": reliability(scores, labels)[1],
+        "ece_calibrated": reliability(calibrated, labels)[1],
+        "ece_by_chance": error_by_chance(calibrated, labels),
     }
     train_rows = manifest.rows("train")
     if len(train_rows):  # data of another source has none
@@ -88,14 +100,23 @@ def _write_scores(path, result, manifest, predicted):
         np.savez(file, **arrays)
 
 
-def _write_predictions(path, result, manifest, classes, calibrated, predicted):
-    """One row per clip: its labels, the predicted classes and the highest calibrated scores."""
+def _write_predictions(path, result, manifest, classes, calibrated, predicted, calibration):
+    """One row per clip: its labels, the predicted classes and the highest calibrated scores.
+
+    A clip with one label always has a prediction, a clip without one only above the threshold.
+    """
     best = np.argsort(-calibrated, axis=1, kind="stable")[:, :TOP]
+    thresholds = np.asarray(calibration["thresholds"])
     with atomic_write(path) as file:
         out = csv.writer(file)
         out.writerow(["path", "start", "end", "label", "prediction", "confidence", "top5"])
         for i, (row, top, scores) in enumerate(zip(result.rows, best, calibrated, strict=True)):
-            answers = top[:1] if predicted is None else _ranked_classes(top, predicted[i])
+            if predicted is not None:
+                answers = _ranked_classes(top, predicted[i])
+            elif result.labels[i] >= 0:
+                answers = top[:1]
+            else:
+                answers = top[:1][scores[top[:1]] >= thresholds[top[:1]]]
             surest = answers[0] if len(answers) else top[0]
             start, end = manifest.start[row], manifest.end[row]
             out.writerow([
@@ -132,6 +153,8 @@ def _write_per_class(path, result, classes, calibration, predicted):
 def result_lines(metrics: dict) -> list[str]:
     """Lines for the terminal: each metric with its 95% bootstrap interval, and the calibration."""
     head = f"{metrics['split']}: {metrics['n']} clips"
+    if metrics.get("unlabelled"):
+        head += f" and {metrics['unlabelled']} without a label"
     if metrics["unreadable"]:
         head += f", {metrics['unreadable']} unreadable and skipped"
     if metrics.get("silent"):
@@ -144,9 +167,10 @@ def result_lines(metrics: dict) -> list[str]:
             low, high = metrics[f"{key}_ci95"]
             interval = f"(95% interval {low:.3f} to {high:.3f})"
             lines.append(f"  {metric.label:<18} {metrics[key]:.3f}   {interval}")
-    if metrics["tiles"] > metrics["n"]:
+    if metrics["tiles"] > metrics["n"] + metrics.get("unlabelled", 0):
         lines.append(f"  {'single tiles':<18} {metrics['tile_accuracy']:.3f}   "
                      f"({metrics['tiles']} tiles; the metrics above average them per clip)")
+    lines += false_alarm_lines(metrics["false_alarms"])
     lines.append(_calibration_line(metrics))
     recalls = {third: metrics.get(f"recall_{third}") for third in THIRDS}
     if any(recall is not None for recall in recalls.values()):

@@ -28,6 +28,7 @@ class Run:
     clips: list  # dicts, the rows of predictions.csv
     scores: np.ndarray  # (n, C) uncalibrated
     labels: np.ndarray  # (n,) class indices, or (n, C) of 1, 0 and nan if multi-label
+    # Single-label: of the clips with a label only; the others are in metrics["false_alarms"].
     predicted: np.ndarray  # (n, C) bool: one class per clip, any number if multi-label
 
     @property
@@ -41,6 +42,11 @@ class Run:
     @property
     def multi_label(self) -> bool:
         return self.labels.ndim == 2
+
+    @property
+    def sigmoid(self) -> bool:
+        """Whether scores are sigmoids, one class at a time, and no softmax."""
+        return self.metrics.get("sigmoid", self.multi_label)
 
     @cached_property
     def truth(self) -> np.ndarray:
@@ -81,9 +87,14 @@ def read_run(run_dir: str | Path, results: str | Path) -> Run:
     run_dir, results = Path(run_dir), Path(results)
     arrays = load_scores(results)
     scores, labels = arrays["scores"], arrays["labels"]
+    clips = read_rows(results / "predictions.csv")
     if labels.ndim == 2:
         predicted = arrays["predicted"] & ~np.isnan(labels)
     else:
+        labelled = np.flatnonzero(labels >= 0)
+        scores, labels = scores[labelled], labels[labelled]
+        if clips:
+            clips = [clips[i] for i in labelled.tolist()]
         predicted = scores.argmax(axis=1)[:, None] == np.arange(scores.shape[1])
     classes = read_rows(results / "per_class.csv")
     run_json = run_dir / "run.json"
@@ -96,7 +107,7 @@ def read_run(run_dir: str | Path, results: str | Path) -> Run:
         train_counts=_train_counts(run_dir / "split.csv", classes, labels.ndim == 2),
         metrics=json.loads((results / "metrics.json").read_text(encoding="utf-8")),
         classes=classes,
-        clips=read_rows(results / "predictions.csv"),
+        clips=clips,
         scores=scores, labels=labels, predicted=predicted)
 
 

@@ -224,7 +224,7 @@ def _calibration_findings(run, result):
     error, limit = metrics["ece_calibrated"], metrics.get("ece_by_chance")
     if limit is None:  # results of an older version
         scores = apply_temperature(run.scores.astype(np.float64), metrics["temperature"],
-                                   run.multi_label)
+                                   run.sigmoid)
         error, limit = reliability(scores, run.labels)[1], error_by_chance(scores, run.labels)
     _add(result, error > limit,
          f"Confidence does not match accuracy: a calibration error of {error:.3f}, while chance "

@@ -166,9 +166,9 @@ def test_calibration_lowers_the_calibration_error_and_keeps_the_predictions():
 
 def test_temperature_divides_the_logits_of_a_sigmoid():
     logits = torch.linspace(-30, 30, 60, dtype=torch.float64).view(20, 3)
-    cooled = apply_temperature(logits.sigmoid().numpy(), 3.0, multi_label=True)
+    cooled = apply_temperature(logits.sigmoid().numpy(), 3.0, sigmoid=True)
     np.testing.assert_allclose(cooled, (logits / 3).sigmoid().numpy(), atol=1e-9)
-    extreme = apply_temperature(np.array([[1.0, 0.0]]), 0.05, multi_label=True)
+    extreme = apply_temperature(np.array([[1.0, 0.0]]), 0.05, sigmoid=True)
     assert np.isfinite(extreme).all()
 
 
@@ -189,7 +189,7 @@ def test_fit_finds_the_temperature_of_sigmoid_scores(temperature):
         return F.binary_cross_entropy_with_logits(scaled, torch.from_numpy(labels[known])).item()
 
     assert loss(fitted) <= min(loss(fitted * 1.01), loss(fitted / 1.01))
-    calibrated = apply_temperature(scores, fitted, multi_label=True)
+    calibrated = apply_temperature(scores, fitted, sigmoid=True)
     assert reliability(calibrated, labels)[1] < 0.3 * reliability(scores, labels)[1]
 
 
@@ -217,7 +217,7 @@ def test_multi_label_reliability_equals_a_plain_loop():
 def test_thresholds_are_fitted_to_calibrated_scores_and_improve_macro_f1():
     scores, labels, _ = multi_label_data()
     calibration = calibrate(scores, labels)
-    calibrated = apply_temperature(scores, calibration["temperature"], multi_label=True)
+    calibrated = apply_temperature(scores, calibration["temperature"], sigmoid=True)
     assert calibration["thresholds"] == fit_thresholds(calibrated, labels)
     predicted = predicted_classes(scores, calibration)
     assert (predicted == (calibrated >= calibration["thresholds"])).all()

@@ -37,6 +37,7 @@ OUT_OF_RANGE = {
     "--effective-batch": ["0", "x"],
     "--seed": ["-1", "1.5"],
     "--min-clips": ["0"],
+    "--negative-share": ["-0.1", "1.1", "nan"],
     "--max-bad-share": ["-0.1", "1.1", "nan"],
     "--seconds": ["0", "-1", "inf", "3601"],
     "--fold": ["x", "40000"],

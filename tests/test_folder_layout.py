@@ -35,14 +35,16 @@ def test_development_without_train_is_for_training(tmp_path):
     assert set(manifest.split.tolist()) == {0, 2} and manifest.classes == CLASSES
 
 
-def test_unlabelled_folders_and_noise_are_left_out(tmp_path):
+def test_unlabelled_folders_are_left_out_and_noise_is_negative(tmp_path):
     touch_tree(tmp_path, ["train", "test"], [*CLASSES, "_background_noise_"])
     touch(tmp_path, "unlabeled/x.wav", "unlabeled/deep/y.wav")
     manifest = load_manifest(tmp_path)
-    assert manifest.classes == CLASSES and len(manifest) == 8
+    assert manifest.classes == CLASSES and len(manifest) == 12
+    for path, is_negative, split in zip(manifest.paths, manifest.is_negative, manifest.split):
+        assert is_negative == ("_background_noise_" in path)
+        assert split == ["train", "", "test"].index(path.split("/")[0])
     assert any("2 recordings in unlabeled" in note for note in manifest.notes)
-    assert any(f"--noise-dir {tmp_path}/train/_background_noise_" in note
-               for note in manifest.notes)
+    assert any("2 recordings in train/_background_noise_" in note for note in manifest.notes)
 
 
 def test_splits_in_the_class_folders(tmp_path):

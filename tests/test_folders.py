@@ -240,12 +240,11 @@ def test_speech_commands(tmp_path):
     manifest = load_manifest(tmp_path)
     assert split_of(manifest) == {
         "no/00ab_nohash_0.wav": 0, "no/12cd_nohash_0.wav": 1, "yes/00ab_nohash_0.wav": 0,
-        "yes/00ab_nohash_1.wav": 0, "yes/0e_nohash_0.wav": 2}
-    assert manifest.group_source == "file name (speaker)" and len(set(manifest.group)) == 3
-    assert any("1 recording in _background_noise_" in note and f"--noise-dir {tmp_path}/" in note
-               for note in manifest.notes)
-    shutil.rmtree(tmp_path / "no")
-    assert_not_loaded("only one class (yes)", "give two or more", tmp_path)
+        "yes/00ab_nohash_1.wav": 0, "yes/0e_nohash_0.wav": 2, "_background_noise_/hum.wav": -1}
+    assert manifest.group_source == "file name (speaker)" and len(set(manifest.group)) == 4
+    assert [manifest.paths[row] for row in np.flatnonzero(manifest.is_negative)] == [
+        "_background_noise_/hum.wav"]
+    assert any("1 recording in _background_noise_" in note for note in manifest.notes)
 
 
 def test_memory_while_a_folder_is_read(tmp_path):

@@ -252,7 +252,7 @@ def test_confusion_has_truth_in_rows():
     ([[0.5, 0.5], [np.nan, 1.0]], [0, 1], "row 1 of the scores"),
     ([[0.5, np.inf], [0.5, 0.5]], [0, 1], "row 0 of the scores"),
     ([[0.5, 0.5]], [2], "row 0 of the labels is 2"),
-    ([[0.5, 0.5]], [-1], "row 0 of the labels is -1"),
+    ([[0.5, 0.5]], [-2], "row 0 of the labels is -2"),
     ([[0.5, 0.5]], [0.0], "integers"),
     ([[0.5, 0.5]], [0, 1], "2 labels for 1 rows"),
     ([0.5, 0.5], [0, 1], r"\(n, C\)"),

@@ -23,8 +23,8 @@ def test_lower_loss_is_better():
 
 def test_skipped_step_does_not_enter_the_loss():
     progress = Progress()
-    progress.count_step(8.0, 3, 4, applied=True)
-    progress.count_step(float("nan"), 0, 4, applied=False)
+    progress.count_step(8.0, 3, 4, 4, applied=True)
+    progress.count_step(float("nan"), 0, 4, 4, applied=False)
     assert (progress.loss, progress.accuracy, progress.skipped) == (2.0, 0.75, 1)
     assert (progress.step, progress.step_in_epoch, progress.skips_in_row) == (2, 2, 1)
     assert Progress(**progress.to_dict()) == progress

@@ -16,12 +16,15 @@ class Progress:
     loss_sum: float = 0.0
     correct: int = 0
     clips: int = 0
+    labelled: int | None = None  # clips with a label; all in older checkpoints, which lack this
     skipped: int = 0
     seconds: float = 0.0
 
     def __post_init__(self):
+        if self.labelled is None:
+            self.labelled = self.clips
         counts = ("epoch", "step_in_epoch", "step", "best_epoch", "improved_epoch", "skips_in_row",
-                  "clips", "skipped")
+                  "clips", "labelled", "skipped")
         for name in counts:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
@@ -30,8 +33,9 @@ class Progress:
     def to_dict(self) -> dict:
         return asdict(self)
 
-    def count_step(self, loss_sum: float, correct: int, clips: int, applied: bool) -> None:
-        """Add a step; a skipped one does not enter the epoch's loss."""
+    def count_step(self, loss_sum: float, correct: int, labelled: int, clips: int, applied: bool
+                   ) -> None:
+        """Add a step with `clips` clips; a skipped one does not enter the epoch's loss."""
         self.step_in_epoch += 1
         self.step += 1
         if not applied:
@@ -41,6 +45,7 @@ class Progress:
         self.skips_in_row = 0
         self.loss_sum += loss_sum
         self.correct += correct
+        self.labelled += labelled
         self.clips += clips
 
     @property
@@ -49,7 +54,7 @@ class Progress:
 
     @property
     def accuracy(self) -> float:
-        return self.correct / max(1, self.clips)
+        return self.correct / max(1, self.labelled)
 
     @property
     def clips_per_second(self) -> float:
@@ -72,6 +77,6 @@ class Progress:
         is_best = value == self.best
         if is_best:
             self.best_epoch = self.epoch
-        self.step_in_epoch = self.correct = self.clips = self.skipped = 0
+        self.step_in_epoch = self.correct = self.labelled = self.clips = self.skipped = 0
         self.loss_sum = self.seconds = 0.0
         return is_best

@@ -41,6 +41,7 @@ from .signals import Interrupted, StopRequest
 class StepNumbers(NamedTuple):
     """What one optimizer step gave, over all ranks."""
     loss_sum: float
+    n_labelled: float  # clips with a label
     n_correct: float
     grad_norm: float
     applied: float  # 1, or 0 for a step that was skipped because it was not finite
@@ -56,7 +57,7 @@ class StepResult:
     Make it right after the step. Their copy to the host is queued then, so that a later read waits
     for this step and not for the next one.
     """
-    numbers: torch.Tensor  # (5,), the first of StepNumbers
+    numbers: torch.Tensor  # (6,), the first of StepNumbers
     losses: list[tuple[np.ndarray, torch.Tensor]]  # rows and loss of each clip on this rank
     n_clips: int  # over all ranks
     lrs: dict  # "lr_backbone", "lr_head" -> the LR that the step used, a number or a tensor
@@ -185,7 +186,8 @@ class Run:
 
     def _read_step(self, result):
         numbers, progress = result.read(), self.progress
-        progress.count_step(numbers.loss_sum, int(numbers.n_correct), result.n_clips,
+        progress.count_step(numbers.loss_sum, int(numbers.n_correct),
+                            int(numbers.n_labelled), result.n_clips,
                             applied=numbers.applied == 1)
         progress.seconds = time.perf_counter() - self._epoch_started
         if self.log:

@@ -1,7 +1,7 @@
 """Waveforms to scores, and the evaluation of a set of clips, for validation and test alike."""
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,19 +26,27 @@ class Scorer:
     frontend: nn.Module
     loss_fn: nn.Module
     precision: Precision
+    sigmoid: bool = False  # scores are sigmoids, not a softmax
 
 
 @dataclass
 class Evaluation:
     """Scores of the clips that could be read, in the order of their rows."""
     rows: np.ndarray  # (n,) manifest rows
-    labels: np.ndarray  # (n,) class indices; multi-label: (n, classes) of 1, 0 and nan (unknown)
+    # (n,) class indices, -1 for none; multi-label: (n, classes) of 1, 0 and nan (unknown)
+    labels: np.ndarray
     scores: np.ndarray  # (n, classes) probabilities, the mean over each clip's tiles
     losses: np.ndarray  # (n,) the mean over each clip's tiles
     broken: dict[int, str]  # row -> why it could not be read
     n_tiles: np.ndarray  # (n,) of each clip
     correct_tiles: np.ndarray  # (n,) tiles that are classified correctly by themselves
     silent: np.ndarray | None = None  # (n,) bool: no tile has a signal; None: not known
+
+    def select(self, chosen: np.ndarray) -> "Evaluation":
+        """The evaluation of some of the clips: chosen (n,) bool or indices."""
+        columns = {name: value[chosen] for name, value in vars(self).items()
+                   if isinstance(value, np.ndarray)}
+        return replace(self, **columns)
 
     @classmethod
     def merge(cls, parts: list["Evaluation"]) -> "Evaluation":
@@ -71,37 +79,37 @@ def _is_silent_on_device(wave):
 
 @torch.inference_mode()
 def window_scores(model: AST, frontend: nn.Module, wave: torch.Tensor, precision: Precision,
-                  multi_label: bool) -> tuple[torch.Tensor, np.ndarray, torch.Tensor]:
+                  sigmoid: bool) -> tuple[torch.Tensor, np.ndarray, torch.Tensor]:
     """The only way from audio to scores: validation, test, prediction and the report use it.
 
     wave (B, samples) -> logits (B, classes) and features (B, dim) on the device, and scores
-    (B, classes) in float64 on the CPU: sigmoids if multi_label, else a softmax.
+    (B, classes) in float64 on the CPU: sigmoids if sigmoid, else a softmax.
     """
-    logits, scores, features = _scores_on_device(model, frontend, wave, precision, multi_label)
+    logits, scores, features = _scores_on_device(model, frontend, wave, precision, sigmoid)
     return logits, scores.cpu().numpy(), features
 
 
-def _scores_on_device(model, frontend, wave, precision, multi_label):
+def _scores_on_device(model, frontend, wave, precision, sigmoid):
     """As window_scores, but nothing is copied to the host: scores (B, classes) float64."""
     wave = wave.to(precision.device, non_blocking=True)
     with precision.autocast():
         features = model.features(frontend(wave))
         logits = model.head(features)
-    if multi_label:
+    if sigmoid:
         scores = logits.double().sigmoid()
     else:
         scores = logits.float().softmax(dim=1).double()
     return logits, scores, features
 
 
-def _score_batch(scorer, batch, multi_label):
+def _score_batch(scorer, batch, sigmoid):
     """Of each tile of a batch: scores (B, classes), loss, is it correct, is it silent, each (B,).
 
     All are float64 on the host, and come from the device in one copy.
     """
     wave = batch.wave.to(scorer.precision.device, non_blocking=True)
     logits, scores, _ = _scores_on_device(scorer.model, scorer.frontend, wave, scorer.precision,
-                                          multi_label)
+                                          sigmoid)
     target = batch.target.to(logits.device, non_blocking=True)
     columns = (scorer.loss_fn(logits, target), is_correct(logits, target),
                _is_silent_on_device(wave))
@@ -139,7 +147,7 @@ def evaluate(scorer: Scorer, batches: Iterable[Batch], manifest: Manifest, rows:
             broken.update(batch.broken)
             if len(batch.rows) == 0:
                 continue
-            tile_scores, loss, correct, silent = _score_batch(scorer, batch, manifest.multi_label)
+            tile_scores, loss, correct, silent = _score_batch(scorer, batch, scorer.sigmoid)
             indices = [index_of[row] for row in batch.rows.tolist()]
             np.add.at(scores, indices, tile_scores)
             np.add.at(losses, indices, loss)
@@ -159,7 +167,7 @@ def evaluate(scorer: Scorer, batches: Iterable[Batch], manifest: Manifest, rows:
 
 
 def clip_labels(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
-    """Labels as metrics take them: class indices (n,), or multi-label (n, classes)."""
+    """Labels as metrics take them: class indices (n,), -1 for none; multi-label (n, classes)."""
     if manifest.multi_label:
         return manifest.targets(rows)
     return manifest.labels[rows].astype(np.int64)

@@ -26,7 +26,10 @@ def write_report(out: Path, checkpoint: Path, calibration: dict, epoch: int, res
     clips, if the manifest has some. epoch: of the checkpoint's weights. command: evaluates again.
     """
     collector = ExampleCollector(scorer, clips, calibration)
+    has_label = clips.manifest.has_label
+    result = result.select(has_label[result.rows])
     train_rows = clips.manifest.rows("train")
+    train_rows = train_rows[has_label[train_rows]]
     if split == "train":
         trained, kinds = result, ("suspect", "uncertain", "right")
     else:
@@ -70,11 +73,11 @@ class ExampleCollector:
     def __init__(self, scorer: Scorer, clips: Clips, calibration: dict):
         self.scorer, self.clips = scorer, clips
         self.temperature, self.thresholds = calibration["temperature"], calibration["thresholds"]
-        self.multi_label = clips.manifest.multi_label
+        self.sigmoid = calibration["sigmoid"]
         self.relevance_until = time.monotonic() + RELEVANCE_SECONDS
 
     def _calibrated(self, result):
-        return apply_temperature(result.scores, self.temperature, self.multi_label)
+        return apply_temperature(result.scores, self.temperature, self.sigmoid)
 
     def count_contradicted(self, result: Evaluation) -> int:
         """How many clips get another answer than their label."""
@@ -107,7 +110,7 @@ class ExampleCollector:
         if batch.broken:
             return None
         _, tile_scores, _ = window_scores(scorer.model, scorer.frontend, batch.wave,
-                                          scorer.precision, self.multi_label)
+                                          scorer.precision, self.sigmoid)
         tile = int(tile_scores[:, focus].argmax())
         with torch.no_grad():
             spec = scorer.frontend(batch.wave[tile:tile + 1].to(scorer.precision.device))

@@ -6,6 +6,7 @@ from torch import nn
 
 from core.run.checkpoint import Checkpoint, CheckpointError, as_checkpoint_error
 from core.run.folder import is_being_written, newest_run
+from losses import SIGMOID_LOSSES
 from metrics.calibration import check_calibration
 from model.ast import AST, ASTConfig
 from model.frontend import FrontendConfig, build_frontend
@@ -19,17 +20,29 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def is_multi_label(checkpoint: Checkpoint) -> bool:
-    """Whether clips may have several labels, so that each class has a sigmoid of its own."""
+    """Whether clips may have several labels."""
     with as_checkpoint_error(checkpoint.path):
         return checkpoint["manifest"].get("label_set") is not None
 
 
+def has_sigmoids(checkpoint: Checkpoint) -> bool:
+    """Whether each class has a sigmoid of its own; else the scores are a softmax over all."""
+    with as_checkpoint_error(checkpoint.path):
+        has_negatives = min(checkpoint["manifest"]["labels"], default=0) < 0
+        return is_multi_label(checkpoint) or (
+            has_negatives and checkpoint["loss"]["name"] in SIGMOID_LOSSES)
+
+
 def calibration_of(checkpoint: Checkpoint) -> dict:
-    """{"temperature": float, "thresholds": [float]}; 1 and 0.5 if the checkpoint has none."""
+    """{"temperature": float, "thresholds": [float], "sigmoid": bool}.
+
+    1 and 0.5 if the checkpoint has none. sigmoid: see `has_sigmoids`.
+    """
     with as_checkpoint_error(checkpoint.path):
         n_classes = len(checkpoint["classes"])
         uncalibrated = {"temperature": 1.0, "thresholds": [0.5] * n_classes}
-        return check_calibration(checkpoint["calibration"] or uncalibrated, n_classes)
+        calibration = check_calibration(checkpoint["calibration"] or uncalibrated, n_classes)
+    return calibration | {"sigmoid": has_sigmoids(checkpoint)}
 
 
 def restore(checkpoint: Checkpoint, device: torch.device, averaged: bool = True

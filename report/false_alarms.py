@@ -1,0 +1,67 @@
+"""False alarms on recordings that contain none of the classes: file, figures and words."""
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from metrics.false_alarms import false_alarms, recall_at
+from util import atomic_write, plural
+
+RATES = (0.1, 1, 10)  # false alarms per hour, of one class, for which recall is given
+HOW_TO = ("recordings that contain none of the classes, as a folder called noise, as rows with an "
+          "empty label, or with --negatives")
+
+
+def write_false_alarms(path: Path, calibrated: np.ndarray, result, manifest,
+                       classes: Sequence[str], calibration: dict) -> dict | None:
+    """Write a row for each false alarm, highest score first -> figures for metrics.json.
+
+    None, and no file, without a negative. calibrated: (n, C) scores of `result`, an Evaluation.
+    The figures are those of `metrics.false_alarms`, and "recall_at": see there.
+    """
+    negative = manifest.is_negative[result.rows]
+    if not negative.any():
+        path.unlink(missing_ok=True)  # of earlier data
+        return None
+    scores, rows = calibrated[negative], result.rows[negative]
+    hours = manifest.duration[rows] / 3600
+    top_k = None if manifest.multi_label else 1
+    figures = false_alarms(scores, calibration["thresholds"], hours, manifest.group[rows], top_k)
+    labelled = manifest.has_label[result.rows]
+    figures["recall_at"] = recall_at(calibrated[labelled], result.labels[labelled], scores, hours,
+                                     RATES, top_k)
+    is_alarm = scores >= np.asarray(calibration["thresholds"])
+    if top_k == 1:
+        is_alarm &= scores.argmax(axis=1)[:, None] == np.arange(len(classes))
+    windows, alarms = np.nonzero(is_alarm)
+    order = np.argsort(-scores[windows, alarms], kind="stable")
+    with atomic_write(path) as file:
+        out = csv.writer(file)
+        out.writerow(["path", "start", "end", "class", "score"])
+        for window, c in zip(windows[order].tolist(), alarms[order].tolist()):
+            row = rows[window]
+            end = manifest.start[row] + manifest.duration[row]
+            out.writerow([manifest.paths[row], f"{manifest.start[row]:g}", f"{end:g}", classes[c],
+                          f"{scores[window, c]:.6f}"])
+    return figures
+
+
+def false_alarm_lines(figures: dict | None) -> list[str]:
+    """Lines for the terminal."""
+    if figures is None:
+        return ["  false alarms       not known: the clips have none of " + HOW_TO]
+    low, high = figures["per_hour_ci95"]
+    lines = [f"  {'false alarms':<18} {figures['per_hour']:.1f} per hour   (95% interval {low:.1f} "
+             f"to {high:.1f}; {plural(figures['windows_with_alarm'], 'window')} in "
+             f"{figures['hours']:.2f} h of {plural(figures['recordings'], 'recording')} without "
+             "any of the classes)"]
+    recalls = [f"{recall:.3f} at {rate}" if recall is not None else f"not known at {rate}"
+               for rate, recall in mean_recalls(figures).items()]
+    lines.append(f"  {'recall':<18} {', '.join(recalls)} false alarms of a class per hour")
+    return lines
+
+
+def mean_recalls(figures: dict) -> dict[str, float | None]:
+    """{rate: mean recall of the classes, None if there is too little audio to know}."""
+    return {rate: at["mean"] for rate, at in figures["recall_at"].items()}
