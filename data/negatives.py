@@ -19,7 +19,7 @@ from .manifest import COLUMN_TYPES, DataError, LabelSet, Manifest
 from .stratify import BY_NEED, TEST, TRAIN, VAL, divide
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt")
-MIN_WINDOW_SHARE = 0.5  # of a window; a shorter rest of a recording is not used
+MIN_WINDOW_SHARE = 0.5  # of a window; a rest of a recording is used if it is longer
 
 
 def negative_recordings(root: Path, paths: list[str], split: Iterable[int] | None = None
@@ -128,7 +128,7 @@ def cut_into_windows(manifest: Manifest, seconds: float) -> tuple[Manifest, np.n
     """Cut recordings without a label into clips of one window each.
 
     seconds: of a window. So false alarms can be counted, and training has the whole recording, not
-    one crop of it. Needs `manifest.duration`. A rest of less than half a window is not used.
+    one crop of it. Needs `manifest.duration`. A rest of at most half a window is not used.
 
     -> (the manifest, (n,) the row that each of its rows was cut from).
     """
