@@ -1,13 +1,11 @@
 """Negatives: recordings that are known to contain none of the classes."""
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-
-from util import plural
 
 from .build import sorted_order
 from .csv_table import read_table
@@ -16,9 +14,11 @@ from .folds import NO_FOLD
 from .grouping import factorize, group_by_name
 from .locate import locate_files
 from .manifest import COLUMN_TYPES, DataError, LabelSet, Manifest
-from .stratify import BY_NEED, TEST, TRAIN, VAL, divide
+from .stratify import BY_NEED, TEST, TRAIN, VAL, divide, undivided
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt")
+# Of the negatives. An epoch can only use some, and the test needs hours to count false alarms.
+SHARES = {TRAIN: 0.5, VAL: 0.15, TEST: 0.35}
 MIN_WINDOW_SHARE = 0.5  # of a window; a rest of a recording is used if it is longer
 
 
@@ -150,14 +150,17 @@ def cut_into_windows(manifest: Manifest, seconds: float) -> tuple[Manifest, np.n
     return result, rows
 
 
-def split_negatives(manifest: Manifest, duplicates: list[list[int]], val: float, test: float,
-                    seed: int) -> list[str]:
-    """Spread negatives that the data gives no split over the three splits, by group -> lines."""
-    is_free = ~manifest.has_label & (manifest.split < 0)
-    rows = np.flatnonzero(is_free)
-    if len(rows) == 0:
-        return []
-    shares = {VAL: val, TEST: test, TRAIN: 1 - val - test}
-    split, _ = divide(manifest, duplicates, rows, shares, BY_NEED, seed)
-    manifest.split[rows] = split
-    return [f"negatives: {plural(len(rows), 'clip')} without a split are spread by recording"]
+def split_negatives(manifest: Manifest, duplicates: Sequence[Sequence[int]], seed: int) -> None:
+    """Give a split to the negatives that have none.
+
+    Those in a group with other clips join their split. The others are spread by group.
+    """
+    unit = undivided(manifest, duplicates)
+    split_of_unit = np.full(int(unit.max()) + 1, -1, np.int8)
+    has_split = np.flatnonzero(manifest.split >= 0)
+    split_of_unit[unit[has_split]] = manifest.split[has_split]
+    without = np.flatnonzero(manifest.split < 0)
+    manifest.split[without] = split_of_unit[unit[without]]
+    rows = np.flatnonzero(manifest.split < 0)
+    if len(rows):
+        manifest.split[rows], _ = divide(manifest, duplicates, rows, SHARES, BY_NEED, seed)

@@ -70,10 +70,10 @@ def warning_lines(manifest: Manifest, by_fold: bool = False) -> list[str]:
 
 def _uneven_splits(manifest):
     low, high = SHARE_RANGE
-    n = len(manifest)
+    n = int(manifest.has_label.sum())
     lines = []
     for split in SPLITS[1:]:
-        n_split = len(manifest.rows(split))
+        n_split = int(manifest.has_label[manifest.rows(split)].sum())
         if n_split and n >= 20 and not low <= n_split / n <= high:
             n_groups = len(np.unique(manifest.group))
             lines.append(f"{split} has {n_split} of {n} clips, {n_split / n:.1%} where 15% is "

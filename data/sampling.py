@@ -48,7 +48,7 @@ def epoch_size(manifest: "Manifest", rows: ArrayLike, negative_share: float) -> 
 
 
 def draw_rows(rows: np.ndarray, number: int, seed: int, epoch: int) -> np.ndarray:
-    """`number` of the rows, in rising order. They take turns: each epoch goes on where one ended."""
+    """`number` of the rows, in rising order. They take turns from epoch to epoch."""
     if number == len(rows):
         return rows
     turns = np.argsort(uniform(seed, 0, rows, "turns of negatives", 1)[:, 0], kind="stable")

@@ -54,7 +54,7 @@ def assign_splits(manifest: Manifest, duplicates: Sequence[Sequence[int]], val: 
             raise DataError("classes with a single clip cannot be trained and tested: "
                             f"{summarize(single)}; add recordings, or leave such classes out with "
                             "--min-clips 2")
-        manifest.split[:] = TRAIN
+        manifest.split[is_labelled] = TRAIN
     elif "train" not in given:
         raise DataError(f"the data's splits are {', '.join(given)}, without train; mark the clips "
                         "to train on as train")
@@ -65,7 +65,8 @@ def assign_splits(manifest: Manifest, duplicates: Sequence[Sequence[int]], val: 
         if given:
             names = " and ".join(SPLITS[split] for split in new)
             lines.append(f"{names} made out of train with seed {seed}")
-    lines += split_negatives(manifest, duplicates, val, test, seed)
+    if (manifest.split < 0).any():
+        split_negatives(manifest, duplicates, seed)
     _check_train_has_all_classes(manifest)
     sizes = ", ".join(f"{len(manifest.rows(name))} {name}" for name in SPLITS)
     n_groups = plural(int(manifest.group.max()) + 1, "group")

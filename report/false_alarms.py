@@ -63,5 +63,5 @@ def false_alarm_lines(figures: dict | None) -> list[str]:
 
 
 def mean_recalls(figures: dict) -> dict[str, float | None]:
-    """{rate: mean recall of the classes, None if there is too little audio to know}."""
-    return {rate: at["mean"] for rate, at in figures["recall_at"].items()}
+    """{false alarms per hour: mean recall of the classes, None if there is too little audio}."""
+    return {at["per_hour"]: at["recall"] for at in figures["recall_at"]["at"]}

@@ -149,6 +149,8 @@ def _classes(run):
     numbers += ["precision", "F1", "AP"]
     if run.multi_label:
         numbers.append("threshold")
+    if run.metrics.get("false_alarms"):
+        numbers.append("false alarms per hour")
     columns = [("class", "left"), ("recall, 95% interval", "left"),
                *[(name, "n") for name in numbers], ("most confused with", "left")]
     return {"columns": columns, "classes": [_class_row(run, i) for i in range(len(run.names))],
@@ -158,6 +160,8 @@ def _classes(run):
 def _class_row(run, i):
     row, n = run.classes[i], run.support[i]
     figures = [row[key] for key in ("precision", "f1", "ap", "threshold") if key in row]
+    if run.metrics.get("false_alarms"):
+        figures.append(run.metrics["false_alarms"]["per_class"][i]["per_hour"])
     confused, n_confused = None, int(row["confused_count"])
     if n_confused and row["confused_with"] in run.names:
         confused = {"name": row["confused_with"], "short": shorten(row["confused_with"], 22),

@@ -7,6 +7,7 @@ import numpy as np
 from metrics import MONITORS, apply_temperature, error_by_chance, reliability
 from util import plural, summarize
 
+from .false_alarms import HOW_TO, mean_recalls
 from .run_files import Run
 
 CLIPS = {"test": "test clip", "val": "validation clip", "train": "training clip", "all": "clip"}
@@ -123,7 +124,8 @@ def _gap(run):
 def findings(run: Run) -> Findings:
     """What is unusual about a run, and what was checked and not found."""
     result = Findings([], [])
-    checks = (_event_findings, _rate_findings, _data_findings, _class_findings, _accuracy_findings)
+    checks = (_false_alarm_findings, _event_findings, _rate_findings, _data_findings,
+              _class_findings, _accuracy_findings)
     for check in checks:
         check(run, result)
     return result
@@ -135,6 +137,31 @@ def _add(result, condition, text, details=(), absent=None):
         result.found.append(Finding(text, list(details)))
     elif absent:
         result.absent.append(absent)
+
+
+def _false_alarm_findings(run, result):
+    """How often the model reports a class where there is none: what decides whether it can be used.
+    """
+    figures = run.metrics.get("false_alarms")
+    if figures is None:
+        _add(result, True, "How many false alarms it raises is not known: these clips have none "
+             f"of {HOW_TO}; or test it with evaluate.py --negatives")
+        return
+    low, high = figures["per_hour_ci95"]
+    recalls = [f"{rate} of a class per hour: {'-' if recall is None else f'{recall:.1%}'}"
+               for rate, recall in mean_recalls(figures).items()]
+    rates = sorted(((row["per_hour"], name) for name, row
+                    in zip(run.names, figures["per_class"], strict=True)), reverse=True)
+    worst = [f"{name} {rate:.1f} per hour" for rate, name in rates if rate > 0]
+    details = [f"Recall at the threshold that allows so many false alarms: {'; '.join(recalls)} "
+               "(a dash: the recordings are too short to know)"]
+    if worst:
+        details.insert(0, f"Most: {summarize(worst, MOST_NAMES)}. All of them, surest first: "
+                       "false_alarms.csv")
+    text = (f"{figures['per_hour']:.1f} false alarms per hour at the thresholds in use (95% "
+            f"interval {low:.1f} to {high:.1f}), in {figures['hours']:.2f} hours of "
+            f"{plural(figures['recordings'], 'recording')} with none of the classes")
+    result.found.append(Finding(text, details))
 
 
 def _event_findings(run, result):

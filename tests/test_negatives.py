@@ -69,7 +69,7 @@ def test_negatives_flag_takes_a_folder_or_a_table(tmp_path):
 
 def test_recording_with_a_label_among_the_negatives_is_refused(tmp_path):
     touch(tmp_path, "dog/a.wav", "cat/b.wav")
-    with pytest.raises(DataError, match="dog/a.wav has a label and is among the negatives"):
+    with pytest.raises(DataError, match=r"dog/a\.wav has a label and is among"):
         load_manifest(tmp_path, negatives=tmp_path / "dog")
 
 
@@ -161,7 +161,7 @@ def prepared(folder, **options):
                    multi_label=None, seconds=2.0, **options)[0]
 
 
-def test_negatives_are_split_by_recording_like_a_class(recordings):
+def test_negatives_are_split_by_recording(recordings):
     manifest = prepared(recordings)
     assert manifest.is_negative.sum() == 8 * 4
     for split in ("train", "val", "test"):
@@ -170,6 +170,22 @@ def test_negatives_are_split_by_recording_like_a_class(recordings):
     split_of_path = {}
     for path, split in zip(manifest.paths, manifest.split.tolist()):
         assert split_of_path.setdefault(path, split) == split
+    counts = np.bincount([split_of_path[path] for path in negatives_of(manifest)], minlength=3)
+    assert counts.tolist() == [4, 1, 3]  # of 8: near 50%, 15%, 35%
+
+
+def test_negatives_join_the_split_of_their_group(recordings):
+    rows = ["path,label,site"]
+    for name in ("dog", "cat"):
+        rows += [f"{name}/{name}{i}.wav,{name},site{i}" for i in range(6)]
+    rows += [f"noise/n{i}.wav,,site{i}" for i in range(8)]  # sites 6 and 7 have no clip of a class
+    write_table(recordings / "data", "\n".join(rows) + "\n")
+    manifest = prepare(recordings / "data" / "clips.csv", cache_dir=recordings / "cache",
+                       log=lambda line: None, multi_label=None, seconds=2.0)[0]
+    split_of_site = {}
+    for path, split in zip(manifest.paths, manifest.split.tolist()):
+        site = path[-5]
+        assert split_of_site.setdefault(site, split) == split
 
 
 def test_negatives_without_a_split_are_spread_if_the_classes_have_splits(recordings):
