@@ -18,6 +18,7 @@ from core.run.checkpoint import as_checkpoint_error, load_checkpoint
 from core.run.folder import default_folder, reserve_folder
 from core.scoring import restore
 from core.scoring.given_data import count_seen
+from data.annotated import AnnotationRules
 from data.cache import WaveCache, choose_cache
 from data.clips import Batch, Clips
 from data.fingerprint import check_same_lengths, check_same_recordings, fingerprint
@@ -48,7 +49,9 @@ def load_data(args, checkpoint, distributed) -> tuple[Manifest, list[tuple[str, 
             args.seed, args.cache_dir,
             multi_label=None if args.loss is None else args.loss in SIGMOID_LOSSES,
             truncated=args.truncated, n_folds=args.folds, old=old_run(args), seconds=args.seconds,
-            negatives=args.negatives, real_classes=real_classes(args)))
+            negatives=args.negatives, real_classes=real_classes(args),
+            annotations=AnnotationRules(args.annotated, args.label_column, args.min_overlap,
+                                        args.min_event_share)))
         flags.choose_loss(args, manifest.needs_sigmoids)
     else:
         with as_checkpoint_error(checkpoint.path):
@@ -77,7 +80,8 @@ def moved_root(args, manifest, checkpoint) -> Path:
     data = args.data
     if data != "demo":
         data = find_data(data, cache_folder(args.cache_dir))
-        there = load_manifest(data, args.audio_dir, manifest.classes, negatives=args.negatives)
+        there = load_manifest(data, args.audio_dir, manifest.classes, negatives=args.negatives,
+                              annotated=args.annotated, label_column=args.label_column)
         moved = replace(manifest, root=there.root)
         known = checkpoint["fingerprint"]
         with as_checkpoint_error(checkpoint.path):
@@ -244,7 +248,8 @@ def run_folds(args, given: dict, main: Callable) -> int:
     if args.folds == "all":
         data = find_data(args.data, cache_folder(args.cache_dir))
         manifest = load_manifest(data, args.audio_dir, real_classes=real_classes(args),
-                                 negatives=args.negatives)
+                                 negatives=args.negatives, annotated=args.annotated,
+                                 label_column=args.label_column)
         if manifest.fold is None:
             raise DataError(f"--data {args.data}: has no folds; give a number, such as --folds 5")
         folds, n_folds = sorted(set(manifest.fold.tolist())), None

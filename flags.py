@@ -8,6 +8,7 @@ from core.device.distributed import launched_as
 from core.exits import parse_args
 from core.run import CheckpointError, RunError
 from core.run.checkpoint import Checkpoint, SaveTimer
+from data.annotated import MODES
 from data.cache import CACHES
 from data.manifest import DataError
 from data.named import SOURCES
@@ -158,6 +159,13 @@ def _add_data_flags(add):
         metavar="FOLDER_OR_CSV")
     add("--negative-share", 0.3, number(0, 1), "largest share of clips without a label in an "
         "epoch; each epoch draws others")
+    add("--annotated", None, list(MODES), "annotations of events (Raven, Audacity, tables with start "
+        "and end): all = what is not annotated contains none of the classes; parts = it is unknown")
+    add("--label-column", None, str, "column of the annotations that has the classes, if it is not "
+        "clear", metavar="NAME")
+    add("--min-overlap", 0.25, number(0, 3600), "seconds of an annotated event in a window, for its "
+        "class to count there")
+    add("--min-event-share", 0.5, number(0.01, 1), "or this share of the event")
     add("--real-class", None, str, "folders or labels that are classes although they are called "
         "noise, background or silence; several with commas", metavar="NAME")
     add("--min-clips", 1, count(1), "leave out classes with fewer clips")

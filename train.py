@@ -293,6 +293,7 @@ def main(argv: list[str] | None = None, resume_command: str | None = None) -> in
     describe.print_steps(learner, loader)
     describe.print_sampler(loader, args.sampler)
     if args.smoke:
+        describe.print_examples(manifest, args.seed)
         n_val_tiles = sum(len(clips.tiles(row)) for row in manifest.rows("val"))
         passed = smoke_test(learner, loader.steps(0), lambda step: train_step(learner, step, 0),
                             loader.clips_per_epoch, n_val_tiles, args.epochs, len(bad_files))

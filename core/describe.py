@@ -8,9 +8,11 @@ from core.learner import Learner
 from core.run.folder import describe_machine
 from data.bandwidth import describe_unheard
 from data.clips import Clips, TrainLoader
+from data.manifest import Manifest
 from data.sampling import SAMPLERS, quotas
 from data.splits import split_hash
 from report import pictures
+from util import printable
 
 FEW_STEPS = 10  # an epoch with fewer gets a hint
 
@@ -64,6 +66,27 @@ def print_sampler(loader: TrainLoader, sampler: str) -> None:
     changes = ", ".join(f"{manifest.classes[c]} {counts[c]} -> {per_epoch[c]}" for c in examples)
     print(f"sampler {sampler}: clips of a class in an epoch, {changes} (most frequent, middle, "
           f"rarest of {len(counts)} classes)")
+
+
+def print_examples(manifest: Manifest, seed: int, n: int = 5, most: int = 30) -> None:
+    """Some clips of each class by name, so that a person sees whether the labels were read right.
+
+    n: clips of a class. most: classes.
+    """
+    clips, classes = manifest.strata(np.arange(len(manifest)))
+    names = [*manifest.classes, "(none of them)"]
+    print(f"examples: {n} clips of each class, at random")
+    for c in np.unique(classes)[:most].tolist():
+        rows = np.random.default_rng(seed).permutation(clips[classes == c])[:n]
+        print(f"  {names[c]}: {', '.join(_clip_name(manifest, row) for row in sorted(rows))}")
+
+
+def _clip_name(manifest, row):
+    start, end = manifest.start[row], manifest.end[row]
+    name = printable(manifest.paths[row])
+    if start == 0 and np.isnan(end):
+        return name
+    return f"{name} from {start:g} s" + ("" if np.isnan(end) else f" to {end:g} s")
 
 
 def lr_curves(learner: Learner) -> list[tuple[str, list[float]]]:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from util import plural
 
+from .annotated import manifest_of_events
+from .annotations import explain_annotated, is_annotated, load_annotations
 from .build import check_classes
 from .files import suffix
 from .folders import load_folder
@@ -19,7 +21,8 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".txt")
 
 def load_manifest(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
                   known_classes: Collection[str] = (), real_classes: Collection[str] = (),
-                  negatives: str | os.PathLike | None = None) -> Manifest:
+                  negatives: str | os.PathLike | None = None, annotated: str | None = None,
+                  label_column: str | None = None) -> Manifest:
     """Read labelled recordings from a folder or a CSV. No audio file is opened.
 
     data: a folder with one folder per class, the same under train/ val/ test/, a folder laid out
@@ -29,6 +32,8 @@ def load_manifest(data: str | os.PathLike, audio_dir: str | os.PathLike | None =
     known_classes: classes that secondary labels may name even if no clip has them as a label.
     real_classes: folders or labels that are classes although they are called noise or the like.
     negatives: a folder or a CSV of further recordings that contain none of the classes.
+    annotated: "all" or "parts" if the data are recordings with annotated events; the manifest then
+        has a row per event, see data/annotated.py. label_column: the annotations' column of labels.
 
     A label cell of a CSV may name several classes, as a;b or a|b. A column secondary_labels (or
     also, unknown, ignore) names classes that may or may not be in the clip.
@@ -38,7 +43,18 @@ def load_manifest(data: str | os.PathLike, audio_dir: str | os.PathLike | None =
     Raises DataError for anything that leaves a clip without a file, and for less than two classes,
     or one without a negative.
     """
-    manifest = _load(Path(os.path.abspath(data)), audio_dir, known_classes, real_classes)
+    data = Path(os.path.abspath(data))
+    if is_annotated(data, asked=annotated is not None):
+        if annotated is None:
+            raise DataError(f"--data {data}: {explain_annotated()}")
+        annotations = load_annotations(data, audio_dir, label_column)
+        manifest = manifest_of_events(annotations, annotated, known_classes, real_classes)
+    elif annotated is not None:
+        raise DataError(f"--annotated {annotated}: {data} has no annotations of events; leave the "
+                        "flag out, or give a folder with their tables or a table with start and "
+                        "end")
+    else:
+        manifest = _load(data, audio_dir, known_classes, real_classes)
     if negatives is not None:
         others = load_negatives(negatives)
         manifest = add_negatives(manifest, others)

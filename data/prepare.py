@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .annotated import AnnotationRules, cut_events
 from .clip_times import check_times
 from .content import content_keys
 from .demo import write_demo
@@ -45,7 +46,8 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
             log: Callable[[str], None] = print, multi_label: bool | None = False,
             truncated: str = "use", n_folds: int | None = None, old: OldRun | None = None,
             seconds: float = 4.0, negatives: str | os.PathLike | None = None,
-            real_classes: Collection[str] = ()) -> tuple[Manifest, list[tuple[str, str]]]:
+            real_classes: Collection[str] = (), annotations: AnnotationRules | None = None
+            ) -> tuple[Manifest, list[tuple[str, str]]]:
     """Find, scan, clean and split the recordings.
 
     data: "demo", class folders, a CSV, a known layout or the name of a data set.
@@ -57,6 +59,7 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
     old: an earlier run, whose clips keep their split.
     seconds: the length of a window, into which recordings without a label are cut.
     negatives, real_classes: see `load_manifest`.
+    annotations: how to read annotated events, if the data are such.
 
     -> (manifest of the readable clips, (path, reason) of each other one). Raises DataError.
     """
@@ -66,9 +69,14 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
             "  python train.py --data FOLDER_OR_CSV --warmup-epochs 0 --batch-size 4")
         data = write_demo(DEMO)
     data = find_data(data, cache, log)
-    manifest = load_manifest(data, audio_dir, real_classes=real_classes, negatives=negatives)
+    rules = annotations or AnnotationRules()
+    if rules.annotated and multi_label is False:
+        raise DataError("--annotated: a window may contain several classes, or none; leave --loss "
+                        "out, or give bce or focal-bce")
+    manifest = load_manifest(data, audio_dir, real_classes=real_classes, negatives=negatives,
+                             annotated=rules.annotated, label_column=rules.label_column)
     if multi_label is None:
-        multi_label = manifest.needs_sigmoids
+        multi_label = rules.annotated is not None or manifest.needs_sigmoids
     if not multi_label:
         manifest = manifest.single_label()
     result = _scan(manifest, data, cache, scan_mode, truncated)
@@ -84,7 +92,12 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
         lines += assign_folds(manifest, result.duplicates, n_folds, seed)
     n_scanned = len(manifest)
     rows = np.flatnonzero(result.ok)
-    manifest, cut_from = cut_into_windows(manifest.select(rows), seconds)
+    manifest = manifest.select(rows)
+    if rules.annotated:
+        manifest, cut_from = cut_events(manifest, result.file_seconds[rows], seconds, rules)
+        log(f"  {manifest.notes[-1]}")
+    else:
+        manifest, cut_from = cut_into_windows(manifest, seconds)
     rows = rows[cut_from]
     if min_clips > 1:
         is_frequent = manifest.rows_with(manifest.counts() >= min_clips) | ~manifest.has_label

@@ -86,8 +86,12 @@ def check_calibration(calibration: Mapping[str, Any], n_classes: int) -> dict[st
 
 
 def predicted_classes(scores: ArrayLike, calibration: Mapping[str, Any]) -> np.ndarray:
-    """Apply the temperature and the thresholds to sigmoid scores (n, C) -> (n, C) bool."""
-    calibrated = apply_temperature(scores, calibration["temperature"], sigmoid=True)
+    """Apply the temperature and the thresholds to scores (n, C) -> (n, C) bool.
+
+    They are sigmoids unless the calibration has "sigmoid": False.
+    """
+    calibrated = apply_temperature(scores, calibration["temperature"],
+                                   calibration.get("sigmoid", True))
     return calibrated >= calibration["thresholds"]
 
 

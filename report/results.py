@@ -41,11 +41,13 @@ def write_results(folder: Path, result, manifest, classes: Sequence[str], split:
         result: an Evaluation: rows (n,), labels (n,) or (n, C), scores (n, C), losses (n,), n_tiles
             (n,), correct_tiles (n,), broken.
         manifest: the clips that `result.rows` points into.
-        calibration: {"temperature": float, "thresholds": (C,) floats, "sigmoid": bool}.
+        calibration: {"temperature": float, "thresholds": (C,) floats, "sigmoid": bool}; the last is
+            the kind of the scores (default: whether clips may have several labels).
     """
     folder.mkdir(parents=True, exist_ok=True)
     multi_label = result.labels.ndim == 2
     predicted = predicted_classes(result.scores, calibration) if multi_label else None
+    calibration = {"sigmoid": multi_label} | calibration
     calibrated = apply_temperature(result.scores, calibration["temperature"],
                                    calibration["sigmoid"])
     metrics = _metrics(result, manifest, split, calibration, calibrated, predicted)

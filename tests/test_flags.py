@@ -37,6 +37,8 @@ OUT_OF_RANGE = {
     "--effective-batch": ["0", "x"],
     "--seed": ["-1", "1.5"],
     "--min-clips": ["0"],
+    "--min-overlap": ["-1", "inf"],
+    "--min-event-share": ["0", "1.1"],
     "--negative-share": ["-0.1", "1.1", "nan"],
     "--max-bad-share": ["-0.1", "1.1", "nan"],
     "--seconds": ["0", "-1", "inf", "3601"],

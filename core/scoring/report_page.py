@@ -73,7 +73,7 @@ class ExampleCollector:
     def __init__(self, scorer: Scorer, clips: Clips, calibration: dict):
         self.scorer, self.clips = scorer, clips
         self.temperature, self.thresholds = calibration["temperature"], calibration["thresholds"]
-        self.sigmoid = calibration["sigmoid"]
+        self.sigmoid = scorer.sigmoid
         self.relevance_until = time.monotonic() + RELEVANCE_SECONDS
 
     def _calibrated(self, result):
