@@ -23,18 +23,6 @@ from report.plots import envelope, thin
 from report.run_files import read_run
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    run = MadeRun(tmp_path_factory.mktemp("small") / "run", HOSTILE)
-    run.write()
-    return run
-
-
-@pytest.fixture
-def source(made):
-    return (made.folder / "report.html").read_text(encoding="utf-8")
-
-
 def clip_data(source):
     """What the page's script reads."""
     return json.loads(re.search(r'id="clips">(.*?)</script>', source)[1])

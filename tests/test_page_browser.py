@@ -19,9 +19,7 @@ FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "-
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    made = MadeRun(tmp_path_factory.mktemp("small") / "run", HOSTILE)
-    made.write()
+def small(made):
     return made
 
 

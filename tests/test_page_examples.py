@@ -6,23 +6,10 @@ import re
 import numpy as np
 import pytest
 import soundfile as sf
-from made_run import HOSTILE, MadeRun
 from PIL import Image
 
 from report import examples
 from report.media import mp3
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    run = MadeRun(tmp_path_factory.mktemp("small") / "run", HOSTILE)
-    run.write()
-    return run
-
-
-@pytest.fixture
-def source(made):
-    return (made.folder / "report.html").read_text(encoding="utf-8")
 
 
 def in_page_order(examples_):
