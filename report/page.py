@@ -62,8 +62,7 @@ def write_page(out: str | Path, run_dir: str | Path, results: str | Path,
     """
     out, run = Path(out), read_run(run_dir, results)
     folder = Path(os.path.abspath(out.parent))
-    if run.flags.get("short", "repeat") == "repeat":
-        examples = [first_copy(example, patch) for example in examples]
+    examples = shown_once(examples, run.flags, patch)
     clips = confusions.cell_lists(run, examples, folder, root)
     content = {
         "run": run, "multi_label": run.multi_label, "title": _title(run, root),
@@ -78,6 +77,14 @@ def write_page(out: str | Path, run_dir: str | Path, results: str | Path,
     _add_sounds(content, examples, max_bytes)
     with atomic_write(out) as file:
         file.write(_render(content))
+
+
+def shown_once(examples: Sequence[Example], flags: dict, patch: tuple[int, int]
+               ) -> Sequence[Example]:
+    """Examples without the repeats that filled the window. flags: of the run."""
+    if flags.get("short", "repeat") != "repeat":
+        return examples
+    return [first_copy(example, patch) for example in examples]
 
 
 @cache
