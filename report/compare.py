@@ -6,6 +6,7 @@ clips (or groups of clips) that both have scored. Metrics are means over seeds; 
 Draws the curves and the test metrics into compare.png (in the folder OUT, or here).
 """
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -273,8 +274,9 @@ def history_panels(sides: Sequence[Sequence[dict]]) -> list[tuple[str, list[tupl
 def _draw(sides, names, values, out):
     """Curves of each metric over the epochs, and the test metrics. values: of `_metric_lines`."""
     panels = history_panels(sides)
-    columns = min(3, len(panels) + 1)
-    rows = -(-(len(panels) + 1) // columns)
+    n_panels = len(panels) + 1
+    columns = 2 if n_panels == 4 else min(3, n_panels)
+    rows = math.ceil(n_panels / columns)
     with picture(out, (3.7 * columns, 3.2 * rows + 0.4), layout="constrained") as figure:
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for ax, (title, lines) in zip(axes, panels):
