@@ -118,7 +118,8 @@ def _render(content):
 def _keep_flags_whole(text):
     """Text in which no flag is broken over two lines."""
     flag = r'<span class="flag">\g<0></span>'
-    return Markup(re.sub(r"--[a-z][a-z-]+", flag, escape(printable(text))))
+    # A plain str: re.sub on Markup would escape the element itself.
+    return Markup(re.sub(r"--[a-z][a-z-]+", flag, str(escape(printable(text)))))
 
 
 def _add_sounds(content, examples, max_bytes):

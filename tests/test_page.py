@@ -341,3 +341,10 @@ def test_import_loads_neither_torch_nor_picture_libraries():
     code = ("import sys, report.page; "
             "assert not {'torch', 'matplotlib', 'PIL', 'soundfile'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_flags_in_sentences_are_elements_not_text():
+    shown = page._keep_flags_whole("more <b> (--epochs), --mixup-alpha")
+    parsed = Text(str(shown))
+    assert [tag for tag, _ in parsed.tags] == ["span", "span"]
+    assert parsed.text == "more <b> ( --epochs ), --mixup-alpha"
