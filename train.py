@@ -300,6 +300,7 @@ def main(argv: list[str] | None = None, resume_command: str | None = None) -> in
         return OK if passed else TRAINING_FAILED
     if checkpoint is None:
         info = describe.run_info(learner, loader, weights, vars(args), len(bad_files))
+        info["augmentations"] = flags.active_augmentations(vars(args))
         # --resume auto may find the folder of a run that died before its first checkpoint.
         run.create(manifest, bad_files, info, may_exist=args.resume is not None)
         if distributed.is_first:

@@ -65,8 +65,9 @@ def cut_events(manifest: Manifest, file_seconds: np.ndarray, seconds: float,
                rules: AnnotationRules) -> tuple[Manifest, np.ndarray]:
     """Cut annotated recordings into windows with the classes that they contain.
 
-    manifest: of `manifest_of_events`, to which negatives may have been added. file_seconds: (n,) length of each row's file. Which classes count in a window: see
-    `windows_of`. A class with less of an event in it than the rules want is unknown there.
+    manifest: of `manifest_of_events`, to which negatives may have been added. file_seconds: (n,)
+    length of each row's file. Which classes count in a window: see `windows_of`. A class with less
+    of an event in it than the rules want is unknown there.
 
     -> (manifest with a row per window and `duration`, (n,) a row that each was made from).
     """

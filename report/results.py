@@ -57,7 +57,8 @@ def write_results(folder: Path, result, manifest, classes: Sequence[str], split:
     _write_scores(folder / "scores.npz", result, manifest, predicted)
     _write_predictions(folder / "predictions.csv", result, manifest, classes, calibrated, predicted,
                        calibration)
-    _write_per_class(folder / "per_class.csv", result, classes, calibration, predicted)
+    _write_per_class(folder / "per_class.csv", result, classes, calibration, predicted,
+                     metrics["false_alarms"])
     if not multi_label:
         labelled = result.select(result.labels >= 0)
         matrix = confusion(labelled.labels, labelled.scores.argmax(axis=1), len(classes))
@@ -133,12 +134,17 @@ def _ranked_classes(top, predicted):
     return [c for c in top if predicted[c]] + rest
 
 
-def _write_per_class(path, result, classes, calibration, predicted):
-    """One row per class; undefined figures are blank. With thresholds if clips are multi-label."""
+def _write_per_class(path, result, classes, calibration, predicted, false_alarms):
+    """One row per class; undefined figures are blank.
+
+    With thresholds if clips are multi-label, and with false alarms if some clips are negatives.
+    """
     columns = ["class", "precision", "recall", "f1", "ap", "support", "confused_with",
                "confused_count"]
     if predicted is not None:
         columns.append("threshold")
+    if false_alarms is not None:
+        columns.append("false_alarms_per_hour")
     rows = per_class(result.scores, result.labels, len(classes), predicted)
     with atomic_write(path) as file:
         out = csv.writer(file)
@@ -149,6 +155,8 @@ def _write_per_class(path, result, classes, calibration, predicted):
             values = [classes[i], *figures, row["support"], other, row["confused_count"]]
             if predicted is not None:
                 values.append(f"{calibration['thresholds'][i]:.6f}")
+            if false_alarms is not None:
+                values.append(f"{false_alarms['per_class'][i]['per_hour']:.4f}")
             out.writerow(values)
 
 

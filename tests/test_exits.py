@@ -181,6 +181,7 @@ def test_folder_for_results_that_cannot_be_made_is_one_line(out, finished_run, t
     for script, words in (("evaluate", ["--ckpt", finished_run / "best.pt", "--out", out]),
                           ("report/compare", [finished_run, finished_run, out])):
         monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        monkeypatch.delitem(sys.modules, "report.compare", raising=False)  # as in a new process
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__") if (
                 script == "evaluate") else runpy.run_module("report.compare", run_name="__main__")

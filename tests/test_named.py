@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from functools import partial
 
 import numpy as np
 import pytest
@@ -22,27 +21,13 @@ from dataset_server import (
     fetch_quietly,
     make_esc50,
     names_in_cache,
-    publish,
     read_tree,
-    running_server,
 )
 
 from data import download, named
 from data.load import load_manifest
 from data.manifest import DataError
 from data.named import SOURCES, credit, fetch, find_data
-
-
-@pytest.fixture
-def server(monkeypatch):
-    with running_server(monkeypatch) as server:
-        yield server
-
-
-@pytest.fixture
-def put(server, monkeypatch):
-    return partial(publish, server, monkeypatch)
-
 
 # ---- the table of sources
 
