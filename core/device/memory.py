@@ -80,9 +80,9 @@ def largest_batch(sizes: Iterable[int], attempt: Callable[[int], None],
                   device: torch.device) -> int:
     """The largest of the rising `sizes` for which `attempt(size)`, a training pass, fits.
 
-    On a GPU a size fits if a tenth of the memory stays free that other programs leave. On a CPU the process would be killed
-    for asking too much, so growth is measured: a size that would need more than half of the free
-    memory is not tried. Raises ClipTooLargeError if not even the first size fits.
+    On a GPU a size fits if a tenth of the memory that other programs leave stays free. On a CPU the
+    process would be killed for asking too much, so growth is measured: a size that would need more
+    than half of the free memory is not tried. Raises ClipTooLargeError if not even the first size fits.
     """
     best, used_before, growth = None, _peak_resident(), 0
     reset_peak_memory(device)
@@ -90,7 +90,7 @@ def largest_batch(sizes: Iterable[int], attempt: Callable[[int], None],
     for size in sizes:
         if device.type == "cpu" and best and 2 * growth * size / best > _available():
             break
-        if not _fits(attempt, size):
+        if not fits(attempt, size):
             break
         too_tight = device.type == "cuda" and torch.cuda.max_memory_reserved(device) > room
         if too_tight and best:
@@ -103,10 +103,10 @@ def largest_batch(sizes: Iterable[int], attempt: Callable[[int], None],
     return best
 
 
-def _fits(attempt, size):
-    """Whether an attempt does not run out of memory."""
+def fits(attempt: Callable, *arguments) -> bool:
+    """Call `attempt(*arguments)`, and return whether memory was enough for it."""
     try:
-        attempt(size)
+        attempt(*arguments)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
