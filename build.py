@@ -194,12 +194,11 @@ def fit_to_device(args, learner: Learner, accumulate: Callable) -> int:
 
     size, ranks = args.batch_size, learner.distributed
     learner.model.train()
-    trains_all = args.freeze_epochs < args.epochs
-    is_fused = learner.optimizer.defaults.get("fused")
-    if learner.device.type == "cuda" and trains_all and is_fused:
-        # Else memory could run out in the first step, where no smaller batch helps.
-        if not fits(learner.allocate_moments):
-            raise single_clip_does_not_fit()
+    needs_moments = (learner.device.type == "cuda" and learner.optimizer.defaults.get("fused")
+                     and args.freeze_epochs < args.epochs)
+    # Now, because in the first step a smaller batch would be no help.
+    if needs_moments and not fits(learner.allocate_moments):
+        raise single_clip_does_not_fit()
     if size == "auto":
         sizes = divisors_up_to_share(args.effective_batch, ranks.size)
         size = min(ranks.all_gather(largest_batch(sizes, attempt, learner.device)))

@@ -82,7 +82,8 @@ def largest_batch(sizes: Iterable[int], attempt: Callable[[int], None],
 
     On a GPU a size fits if a tenth of the memory that other programs leave stays free. On a CPU the
     process would be killed for asking too much, so growth is measured: a size that would need more
-    than half of the free memory is not tried. Raises ClipTooLargeError if not even the first size fits.
+    than half of the free memory is not tried. Raises ClipTooLargeError if not even the first size
+    fits.
     """
     best, used_before, growth = None, _peak_resident(), 0
     reset_peak_memory(device)
