@@ -1,4 +1,4 @@
-"""Memory, precision and determinism of a device, without a GPU; what needs one is in test_gpu.py."""
+"""Memory, precision and determinism of a device, tested without a GPU (see also test_gpu.py)."""
 import os
 import weakref
 from types import SimpleNamespace
@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from harness import program, rows
+from harness import program
 from test_fast import make_learner, numbers_of_steps
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from core.device import memory, precision
 from core.device.compiled import Compiled
-from core.device.memory import BatchSplitter, is_out_of_memory, largest_batch
+from core.device.memory import is_out_of_memory, largest_batch
 from core.scoring import Scorer, evaluate
 from core.scoring.evaluation import AST
 from core.smoke import overfit
