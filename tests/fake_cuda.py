@@ -75,8 +75,8 @@ class Watch(TorchDispatchMode):
         if name in ("nonzero", "masked_select", "unique", "_unique2") and on_device:
             self.note("read")
         elif name in ("to", "_to_copy", "copy_"):
-            is_weight = bool(on_device) and isinstance(args[0], torch.nn.Parameter)
-            self.n_casts += is_weight and kwargs.get("dtype") in (BF16, FP16)
+            if on_device and isinstance(args[0], torch.nn.Parameter):
+                self.n_casts += kwargs.get("dtype") in (BF16, FP16)
             self._check_copy(name, args, kwargs)
         elif on_device:
             self._check_mix(name, args, tensors)
