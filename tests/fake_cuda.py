@@ -100,10 +100,9 @@ class Watch(TorchDispatchMode):
             self.note("copy to host")
         elif kinds == ("cpu", "cuda") and not is_async:
             self.note("copy to device")
-        elif kinds == ("cpu", "cuda"):
-            is_pinned = id(source) in self.pinned
-            if source.nbytes > PAGEABLE_LIMIT and not is_pinned:
-                self.note("pageable copy")
+        elif (kinds == ("cpu", "cuda") and source.nbytes > PAGEABLE_LIMIT
+              and id(source) not in self.pinned):
+            self.note("pageable copy")
 
     def _check_mix(self, name, args, tensors):
         host = [tensor for tensor in tensors if tensor.device.type == "cpu"]
