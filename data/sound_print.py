@@ -1,0 +1,114 @@
+"""Know a recording again after another codec, rate, gain or a little padding.
+
+A print has bits of how the spectrum changes: J. Haitsma and T. Kalker, "A Highly Robust Audio
+Fingerprinting System", 2002. It is of the first SECONDS of a file, at 8 kHz.
+"""
+import math
+
+import numpy as np
+import soxr
+
+RATE = 8000  # Hz
+MIN_RATE, MAX_RATE = 4000, 1_000_000  # Hz
+WINDOW, HOP = 2048, 512  # samples: 256 ms every 64 ms, so that a shift by half a hop changes little
+FRAMES, STEP = 80, 2  # words of a print; a bit compares a frame with the one STEP earlier
+BITS = 16  # of a word: one for each pair of neighbouring bands
+SECONDS = ((FRAMES + STEP - 1) * HOP + WINDOW) / RATE  # 5.4 s
+LOWEST, HIGHEST = 150, 3600  # Hz
+FLOOR = 1e-6  # of the highest energy of a band; below is silence
+DEAD_ZONE = 0.02  # natural logarithm of energy; steady tones change less
+N_KEYS, N_BLOCKS = 24, 6
+PRINT = np.dtype([("words", "<u2", FRAMES), ("keys", "<u2", N_KEYS)])
+
+MIN_BITS = 60  # set in a print; fewer are silence, a steady tone or a very short clip
+MAX_LAG = 3  # hops
+MIN_OVERLAP = 0.5  # set bits in common, of those set in either: others have up to 0.4, copies 0.6
+SAME_SECONDS = 0.15  # a codec or padding may change the length by this
+NEIGHBOURS = 32  # with the same key that a print is compared with
+
+_EDGES = np.geomspace(LOWEST, HIGHEST, BITS + 2) * WINDOW / RATE
+_BAND_STARTS = np.round(_EDGES).astype(int)
+_PROJECTION = np.random.default_rng(0).standard_normal((N_BLOCKS * BITS, N_KEYS * 16))
+_WINDOW = np.hanning(WINDOW).astype(np.float32)
+
+
+def sound_print(wave: np.ndarray, rate: int) -> np.ndarray:
+    """The print of mono samples (k,) float32 at `rate` Hz: a PRINT record.
+
+    It is all 0 for silence, very short files and rates that no microphone has.
+    """
+    result = np.zeros((), PRINT)
+    wave = wave[:math.ceil(SECONDS * rate)]
+    peak = np.abs(wave).max(initial=0)
+    if not peak > 0 or not MIN_RATE <= rate <= MAX_RATE:
+        return result
+    wave = (wave / peak).astype(np.float32)
+    if rate != RATE:
+        wave = soxr.resample(wave, rate, RATE, quality="LQ")
+    if len(wave) < WINDOW + STEP * HOP:
+        return result
+    frames = np.lib.stride_tricks.sliding_window_view(wave, WINDOW)[::HOP][:FRAMES + STEP]
+    spectrum = np.fft.rfft(frames * _WINDOW)
+    power = np.square(spectrum.real) + np.square(spectrum.imag)
+    bands = np.add.reduceat(power, _BAND_STARTS, axis=1)[:, :-1]  # (frames, BITS + 1)
+    highest = bands.max()
+    if not highest > 0:
+        return result
+    slopes = np.diff(np.log(bands + FLOOR * highest), axis=1)  # (frames, BITS)
+    is_rising = slopes[STEP:] - slopes[:-STEP] > DEAD_ZONE
+    result["words"][:len(is_rising)] = np.packbits(is_rising, axis=1).view("<u2")[:, 0]
+    if np.count_nonzero(is_rising) >= MIN_BITS:
+        result["keys"] = _keys(slopes)
+    return result
+
+
+def _keys(slopes):
+    """(N_KEYS,) uint16 that near-identical recordings share one of: signs of random projections."""
+    slopes = slopes - slopes.mean(axis=0)
+    position = (np.arange(len(slopes)) + 0.5) / len(slopes) * (N_BLOCKS - 1)
+    weight = np.maximum(0, 1 - np.abs(position - np.arange(N_BLOCKS)[:, None]))  # (blocks, frames)
+    blocks = weight @ slopes / weight.sum(axis=1, keepdims=True)
+    signs = blocks.reshape(-1) @ _PROJECTION > 0
+    return np.packbits(signs).view("<u2")
+
+
+def overlap(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """(n,) share of the set bits of two prints' words (n, words) that they have in common.
+
+    The best of all lags up to MAX_LAG counts, 0 for prints with too few bits.
+    """
+    best = np.zeros(len(first))
+    n_words = first.shape[1]
+    for lag in range(-MAX_LAG, MAX_LAG + 1):
+        a = first[:, max(0, lag):n_words + min(0, lag)]
+        b = second[:, max(0, -lag):n_words + min(0, -lag)]
+        both = np.bitwise_count(a & b).sum(axis=1, dtype=int)
+        either = np.bitwise_count(a | b).sum(axis=1, dtype=int)
+        best = np.where(either >= MIN_BITS, np.maximum(best, both / np.maximum(either, 1)), best)
+    return best
+
+
+def near_pairs(prints: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """(k, 2) pairs of near-identical recordings, sorted; the first index is the lower one.
+
+    prints: (n,) PRINT, all 0 if unknown. seconds: (n,) length of each file. In large sets of
+    copies not every pair is listed, but the pairs connect the set.
+    """
+    known = np.flatnonzero(prints["keys"].any(axis=1))
+    found = [np.zeros((0, 2), np.int64)]
+    for k in range(N_KEYS):
+        keys = prints["keys"][known, k]
+        order = known[np.lexsort((seconds[known], keys))]
+        keys = prints["keys"][order, k]
+        for distance in range(1, min(NEIGHBOURS + 1, len(order))):
+            a, b = order[:-distance], order[distance:]
+            same_key = keys[:-distance] == keys[distance:]
+            if not same_key.any():
+                break
+            same_key &= np.abs(seconds[a] - seconds[b]) <= SAME_SECONDS
+            found.append(np.sort(np.stack([a[same_key], b[same_key]], axis=1), axis=1))
+    candidates = np.unique(np.concatenate(found), axis=0)
+    words = prints["words"]
+    is_near = [overlap(words[block[:, 0]], words[block[:, 1]]) >= MIN_OVERLAP
+               for block in np.array_split(candidates, len(candidates) // 10_000 + 1)]
+    return candidates[np.concatenate(is_near)]
