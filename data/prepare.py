@@ -68,6 +68,9 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
     result = _scan(manifest, data, cache, scan_mode, truncated)
     log(f"data: {manifest.root}")
     _log_indented(log, manifest.notes + summary(result, manifest))
+    if not result.full and result.prints is None:
+        _log_indented(log, ["not checked, since only headers were read: copies in another format, "
+                            "rate or gain (--scan full finds them)"])
     # Into run.json: which clips are shorter than they claim, and why.
     manifest.notes += [f"{manifest.paths[row]}: {reason}"
                        for row, reason in list(result.truncated.items())[:MAX_NOTES]]
@@ -75,7 +78,7 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
 
     lines = []
     if n_folds:  # before clips are left out, so that the folds stay if a file breaks
-        lines += assign_folds(manifest, result.duplicates, n_folds, seed)
+        lines += assign_folds(manifest, result.copies, n_folds, seed)
     n_scanned = len(manifest)
     rows = np.flatnonzero(result.ok)
     manifest = manifest.select(rows)
@@ -86,13 +89,15 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
         lines += dropped
     manifest.content = content_keys(manifest.root, manifest.paths)
     duplicates = _renumber(result.duplicates, rows, n_scanned)
+    copies = _renumber(result.copies, rows, n_scanned)
+    near = [pair for pair in _renumber(result.near, rows, n_scanned) if len(pair) == 2]
     if old is not None and fold is None:
-        lines += extend_split(manifest, duplicates, old, seed=seed)
+        lines += _extend_split(manifest, copies, duplicates, old, seed)
     _log_indented(log, class_lines(manifest) + source_lines(manifest))
-    lines += assign_splits(manifest, duplicates, seed=seed, fold=fold)
+    lines += assign_splits(manifest, copies, seed=seed, fold=fold)
     lines += warning_lines(manifest, by_fold=fold is not None)
     lines += _describe_missing_multi_label(manifest)
-    lines += [f"LEAK: {line}" for line in audit(manifest, duplicates)]
+    lines += [f"LEAK: {line}" for line in audit(manifest, duplicates, near)]
     manifest.notes += lines
     _log_indented(log, lines)
     for split in SPLITS:
@@ -100,6 +105,14 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
             raise DataError(f"--data {data}: no clip is left for {split}; give more recordings, or "
                             "a split column")
     return manifest, bad
+
+
+def _extend_split(manifest, copies, duplicates, old, seed):
+    """The lines of `extend_split`. Splits of older runs may divide near-identical recordings."""
+    try:
+        return extend_split(manifest, copies, old, seed=seed)
+    except DataError:
+        return extend_split(manifest, duplicates, old, seed=seed)
 
 
 def _scan(manifest, data, cache, scan_mode, truncated):

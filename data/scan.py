@@ -18,6 +18,7 @@ from . import scan_index
 from .audio import AccessError, AudioError, AudioInfo, check, probe
 from .grouping import factorize, indices_by_value, is_repeated
 from .manifest import Manifest
+from .near import connect, describe_near, pairs_of_clips
 from .sound_print import PRINT, near_pairs
 
 WORKERS = min(8, 2 * (os.cpu_count() or 1))  # libsndfile works without the GIL
@@ -41,8 +42,9 @@ class Scan:
     truncated: dict[int, str]  # row that is ok -> its file ends early, and how much it has
     opposite: np.ndarray  # (n,) bool: the channels cancel each other, so one of them is used
     file_seconds: np.ndarray | None = None  # (n,) float32 length of each clip's file; 0 if bad
-    # Near-identical recordings: (row, row) of the first clip of each file; see data/near.py.
-    near: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))  # (k, 2)
+    # (k, 2) rows of near-identical clips (data/near.py); byte-identical files count once.
+    near: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    copies: list[list[int]] = field(default_factory=list)  # rows of equal or near-identical files
     prints: np.ndarray | None = None  # (n,) PRINT of each clip's file; 0 if not known
 
 
@@ -92,7 +94,8 @@ def scan(manifest: Manifest, index: str | os.PathLike | None, full: bool) -> Sca
         seconds=time.perf_counter() - began, n_files=len(records),
         n_opened=int(files.opened.sum()), notes=notes,
         file_seconds=np.where(records["ok"][file_of], file_seconds, 0),
-        near=np.unique(file_of, return_index=True)[1][near_files],
+        near=pairs_of_clips(manifest, file_of, near_files),
+        copies=_rows_of_files(connect(near_files, duplicate_files), file_of),
         prints=None if prints is None else prints[file_of])
 
 
@@ -130,6 +133,7 @@ def summary(scan: Scan, manifest: Manifest) -> list[str]:
         verb = "is" if n_copies == 1 else "are"
         lines.append(f"{plural(n_copies, 'file')} {verb} byte-identical to another, e.g. {first} = "
                      f"{second}")
+    lines += describe_near(manifest, scan.near)
     return [printable(line) for line in lines + scan.notes]
 
 
