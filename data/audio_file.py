@@ -62,7 +62,7 @@ class AudioInfo:
     declared: int = 0  # samples per channel that the header declares, if those are more
     opposite: bool = False  # the channels cancel each other; only `check` sees this
     messages: tuple[str, ...] = ()  # that the decoder printed
-    sound: bytes = field(default=b"", compare=False, repr=False)  # PRINT, by `check`: of how it sounds
+    sound: bytes = field(default=b"", compare=False, repr=False)  # PRINT, only by `check`
 
     @property
     def seconds(self) -> float:

@@ -12,11 +12,12 @@ from .demo import write_demo
 from .files import find_audio, find_outage
 from .folds import assign_folds
 from .load import load_manifest
-from .manifest import SPLITS, DataError, Manifest
+from .manifest import COLUMN_TYPES, SPLITS, DataError, Manifest
 from .named import find_data
 from .old_split import OldRun, extend_split
 from .overview import class_lines, source_lines, warning_lines
 from .scan import refuse_truncated, scan, summary
+from .sound_print import shorten
 from .splits import assign_splits, audit, drop_rare
 
 DEMO = Path(__file__).parents[1] / "demo_data"
@@ -88,6 +89,8 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
         rows = rows[is_frequent]
         lines += dropped
     manifest.content = content_keys(manifest.root, manifest.paths)
+    if result.prints is not None:
+        manifest.sound = shorten(result.prints[rows]).view(COLUMN_TYPES["sound"])
     duplicates = _renumber(result.duplicates, rows, n_scanned)
     copies = _renumber(result.copies, rows, n_scanned)
     near = [pair for pair in _renumber(result.near, rows, n_scanned) if len(pair) == 2]

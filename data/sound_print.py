@@ -19,6 +19,9 @@ FLOOR = 1e-6  # of the highest energy of a band; below is silence
 DEAD_ZONE = 0.02  # natural logarithm of energy; steady tones change less
 N_KEYS, N_BLOCKS = 24, 6
 PRINT = np.dtype([("words", "<u2", FRAMES), ("keys", "<u2", N_KEYS)])
+# What a checkpoint remembers of a clip: the words with most bits, from `offset` on, and some keys.
+SHORT_WORDS, SHORT_KEYS = 20, 11
+SHORT = np.dtype([("offset", "u1"), ("words", "<u2", SHORT_WORDS), ("keys", "<u2", SHORT_KEYS)])
 
 MIN_BITS = 60  # set in a print; fewer are silence, a steady tone or a very short clip
 MAX_LAG = 3  # hops
@@ -84,14 +87,59 @@ def _keys(slopes):
     return np.packbits(signs).view("<u2")
 
 
-def is_near(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(n,) bool: whether two prints' words (n, words) overlap more than other recordings do."""
-    n_bits = (np.bitwise_count(first).sum(axis=1) + np.bitwise_count(second).sum(axis=1)) / 2
+def shorten(prints: np.ndarray) -> np.ndarray:
+    """(n,) PRINT -> (n,) SHORT."""
+    short = np.zeros(len(prints), SHORT)
+    n_bits = np.bitwise_count(prints["words"]).astype(np.int32)
+    windows = np.lib.stride_tricks.sliding_window_view(n_bits, SHORT_WORDS, axis=1)
+    short["offset"] = windows.sum(axis=2).argmax(axis=1)
+    columns = short["offset"][:, None] + np.arange(SHORT_WORDS)
+    short["words"] = np.take_along_axis(prints["words"], columns, axis=1)
+    short["keys"] = prints["keys"][:, :SHORT_KEYS]
+    return short
+
+
+def matches(prints: np.ndarray, short: np.ndarray) -> np.ndarray:
+    """(n,) index of a near-identical one of the short prints (m,) for each print (n,), -1: none.
+
+    Lengths are not compared.
+    """
+    result = np.full(len(prints), -1, np.int64)
+    known = np.flatnonzero(short["keys"].any(axis=1))
+    asked = np.flatnonzero(prints["keys"].any(axis=1))
+    columns = np.minimum(short["offset"], FRAMES - SHORT_WORDS)[:, None] + np.arange(SHORT_WORDS)
+    for k in range(SHORT_KEYS):
+        order = known[np.argsort(short["keys"][known, k], kind="stable")]
+        keys = short["keys"][order, k]
+        first = np.searchsorted(keys, prints["keys"][asked, k])
+        for distance in range(NEIGHBOURS):
+            at = first + distance
+            is_same = at < len(order)
+            is_same[is_same] = keys[at[is_same]] == prints["keys"][asked[is_same], k]
+            rows, candidates = asked[is_same], order[at[is_same]]
+            if len(rows) == 0:
+                break
+            words, mask = np.zeros((2, len(rows), FRAMES), np.uint16)
+            np.put_along_axis(words, columns[candidates], short["words"][candidates], axis=1)
+            np.put_along_axis(mask, columns[candidates], np.uint16(0xFFFF), axis=1)
+            chosen = is_near(prints["words"][rows], words, mask)
+            result[rows[chosen]] = candidates[chosen]
+    return result
+
+
+def is_near(first: np.ndarray, second: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    """(n,) bool: whether two prints' words (n, words) overlap more than other recordings do.
+
+    mask: (n, words) uint16 of the bits of `second` that are known; by default all are.
+    """
+    n_bits = np.bitwise_count(second).sum(axis=1)
+    if mask is None:
+        n_bits = (n_bits + np.bitwise_count(first).sum(axis=1)) / 2
     least = np.maximum(MIN_OVERLAP, CHANCE + CHANCE_PER_ROOT / np.sqrt(np.maximum(n_bits, 1)))
-    return overlap(first, second) >= least
+    return overlap(first, second, mask) >= least
 
 
-def overlap(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def overlap(first: np.ndarray, second: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     """(n,) share of the set bits of two prints' words (n, words) that they have in common.
 
     The best of all lags up to MAX_LAG counts, 0 for prints with too few bits.
@@ -101,6 +149,8 @@ def overlap(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     for lag in range(-MAX_LAG, MAX_LAG + 1):
         a = first[:, max(0, lag):n_words + min(0, lag)]
         b = second[:, max(0, -lag):n_words + min(0, -lag)]
+        if mask is not None:
+            a = a & mask[:, max(0, -lag):n_words + min(0, -lag)]
         both = np.bitwise_count(a & b).sum(axis=1, dtype=int)
         either = np.bitwise_count(a | b).sum(axis=1, dtype=int)
         best = np.where(either >= MIN_BITS, np.maximum(best, both / np.maximum(either, 1)), best)

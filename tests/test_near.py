@@ -68,7 +68,7 @@ def test_control_takes_of_noise_hum_and_silence_are_not_copies():
     times = np.arange(5 * 8000) / 8000
     takes = [0.1 * rng.standard_normal(len(times)) for _ in range(40)]
     takes += [np.cumsum(rng.standard_normal(len(times))) for _ in range(40)]
-    for i in range(40):  # a hum with its harmonics under a little noise
+    for _ in range(40):  # a hum with its harmonics under a little noise
         hum = sum(np.sin(2 * np.pi * 50 * k * times + rng.uniform(0, 6)) / k for k in range(1, 9))
         takes.append(hum + 0.01 * rng.standard_normal(len(times)))
     takes += [np.zeros(len(times)) for _ in range(5)]
