@@ -8,6 +8,7 @@ from recordings import make_manifest, manifest_of_paths
 import data.scan
 from data.audio import check
 from data.near import connect, pairs_of_clips
+from data.old_split import OldRun
 from data.prepare import prepare
 from data.scan import scan
 from data.sound_print import PRINT, near_pairs, sound_print
@@ -185,3 +186,22 @@ def test_a_scan_of_headers_says_what_it_did_not_check(tmp_path):
 def test_silence_has_no_print(tmp_path):
     sf.write(tmp_path / "silence.wav", np.zeros(RATE), RATE)
     assert check(tmp_path / "silence.wav").sound == b""
+
+
+def test_an_older_split_that_divides_copies_can_still_be_extended(tmp_path):
+    def split_of_run(**options):
+        return prepare(tmp_path / "data", cache_dir=tmp_path / "cache", log=lines.append,
+                       **options)[0]
+
+    lines = []
+    for i in range(20):
+        write_copy("wav", chirps(i, 1.5), tmp_path / "data" / "ab"[i % 2] / f"{i:02d}")
+    manifest = split_of_run()
+    trained, tested = (manifest.paths[manifest.rows(split)[0]] for split in ("train", "test"))
+    for path, gain in ((trained, 1), (tested, 0.5)):  # one sound in both splits
+        write_copy("wav", gain * chirps(99, 1.5), tmp_path / "data" / path)
+    split = dict(zip(manifest.paths, manifest.split.tolist()))
+    grown = split_of_run(old=OldRun("--split-from run", manifest, True))
+    after = dict(zip(grown.paths, grown.split.tolist()))
+    assert {path: after[path] for path in split} == split
+    assert any("LEAK" in line and "near-identical" in line for line in lines)
