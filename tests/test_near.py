@@ -36,8 +36,8 @@ def write_copy(kind, wave, path):
         wave, rate = soxr.resample(wave, RATE, 22050), 22050
     elif kind == "quiet":
         wave = wave / 2
-    elif kind == "padded":
-        wave = np.concatenate([np.zeros(RATE * 30 // 1000), wave])
+    elif kind in ("30 ms later", "90 ms later"):
+        wave = np.concatenate([np.zeros(RATE * int(kind[:2]) // 1000), wave])
     suffix = {"flac": ".flac", "ogg": ".ogg", "mp3": ".mp3", "aiff": ".aiff"}.get(kind, ".wav")
     path = path.with_suffix(suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,8 @@ def write_copy(kind, wave, path):
     return path
 
 
-KINDS = ["list chunk", "aiff", "flac", "ogg", "mp3", "22 kHz", "quiet", "padded"]
+KINDS = ["list chunk", "aiff", "flac", "ogg", "mp3", "22 kHz", "quiet",
+         "30 ms later", "90 ms later"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
