@@ -68,10 +68,7 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
         manifest = manifest.single_label()
     result = _scan(manifest, data, cache, scan_mode, truncated)
     log(f"data: {manifest.root}")
-    _log_indented(log, manifest.notes + summary(result, manifest))
-    if not result.full and result.prints is None:
-        _log_indented(log, ["not checked, since only headers were read: copies in another format, "
-                            "rate or gain (--scan full finds them)"])
+    _log_indented(log, manifest.notes + summary(result, manifest) + _describe_unchecked(result))
     # Into run.json: which clips are shorter than they claim, and why.
     manifest.notes += [f"{manifest.paths[row]}: {reason}"
                        for row, reason in list(result.truncated.items())[:MAX_NOTES]]
@@ -108,6 +105,14 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
             raise DataError(f"--data {data}: no clip is left for {split}; give more recordings, or "
                             "a split column")
     return manifest, bad
+
+
+def _describe_unchecked(result):
+    """A line on what a scan of headers cannot find."""
+    if result.full or result.prints is not None:
+        return []
+    return ["not checked, since only headers were read: copies in another format, rate or gain "
+            "(--scan full finds them)"]
 
 
 def _extend_split(manifest, copies, duplicates, old, seed):
