@@ -282,6 +282,8 @@ def _add_speed_flags(add):
         action="store_true")
     add("--compile", "off", ["off", "default", "graphs"], "torch.compile the model for full "
         "micro-batches; graphs: with CUDA graphs")
+    add("--deterministic", False, None, "use only operations that give the same bits each time, "
+        "which a GPU's fastest do not", action="store_true")
     add("--plain", False, None, "no fast paths, for debugging: no cache, no compiled model, no "
         "fused optimizer, wait for the GPU at each step", action="store_true")
 

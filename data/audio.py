@@ -24,6 +24,7 @@ from .audio_file import (
     raise_if_not_accessible,
     with_messages,
 )
+from .sound_print import SECONDS, sound_print
 
 __all__ = ["AccessError", "AudioError", "AudioFile", "AudioInfo", "TruncatedError"]
 
@@ -48,12 +49,17 @@ def probe(path: str | os.PathLike) -> AudioInfo:
 def check(path: str | os.PathLike) -> AudioInfo:
     """Decode the whole file, block by block. Its `frames` are those that decode.
 
+    Its `sound` is the print (data/sound_print.py) of the beginning, empty for silence.
     Raises AudioError if nothing decodes or a sample is impossible.
     """
     done, energy, mean_energy = 0, 0.0, 0.0
+    head = []  # mono, for the print
     with open_audio(path) as file:
+        head_frames = math.ceil(SECONDS * file.rate)
         try:
             for block in _decode(file, file.frames, BLOCK):
+                if done < head_frames:
+                    head.append(_to_mono(block[:head_frames - done]))
                 done += len(block)
                 if file.channels == 2:
                     energy += float(np.square(block, dtype=np.float64).mean(axis=1).sum())
@@ -66,8 +72,10 @@ def check(path: str | os.PathLike) -> AudioInfo:
         else:  # an MP3 may decode to fewer frames than its header estimates
             declared = file.declared if file.declared > file.frames else done
         opposite = mean_energy < CANCELLED * energy
+        sound = sound_print(np.concatenate(head), file.rate) if head else None
+        is_known = sound is not None and sound["words"].any()
         return AudioInfo(file.rate, done, file.channels, file.format, declared, opposite,
-                         tuple(file.messages))
+                         tuple(file.messages), sound.tobytes() if is_known else b"")
 
 
 def decode_mono(

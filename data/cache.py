@@ -188,19 +188,22 @@ def _state_of(raw):
 class InMemoryClips:
     """All clips of a manifest in one int16 tensor on a device.
 
-    fetch(row) returns ((samples,) int16, scale) or raises AudioError. It is called once for each of
-    the `n` rows, on several threads.
+    lengths: (n,) samples that each row has at most; a row may decode to fewer. fetch(row) returns
+    ((samples,) int16, scale) or raises AudioError. It is called once for each row, on several
+    threads.
     """
 
     def __init__(
         self,
-        n: int,
+        lengths: np.ndarray,
         fetch: Callable[[int], tuple[np.ndarray, float]],
         device: torch.device,
         show_progress: bool = False,
     ):
         self.reasons: dict[int, str] = {}  # row -> why it could not be read
-        self._first = np.zeros(n, np.int64)  # where the samples of each row begin
+        n = len(lengths)
+        ends = np.cumsum(lengths, dtype=np.int64)
+        self._first = ends - lengths  # where the samples of each row begin
         self._length = np.zeros(n, np.int64)
         self._scale = np.zeros(n, np.float32)
 
@@ -211,15 +214,17 @@ class InMemoryClips:
                 self.reasons[row] = str(error)
                 return np.zeros(0, np.int16), 0.0
 
-        tensors, first = [torch.zeros(0, dtype=torch.int16, device=device)], 0
+        # Allocated as a whole: joining the clips in the end would take twice the memory.
+        size = int(ends[-1]) if n else 0
+        self._samples = torch.zeros(size, dtype=torch.int16, device=device)
         with ThreadPoolExecutor(THREADS) as pool:
             clips = pool.map(fetch_or_note, range(n))
             clips = tqdm(clips, "decoding", n, leave=False, disable=not show_progress)
             for row, (samples, scale) in enumerate(clips):
-                self._first[row], self._length[row], self._scale[row] = first, len(samples), scale
-                first += len(samples)
-                tensors.append(torch.from_numpy(samples.copy()).to(device))
-        self._samples = torch.cat(tensors)
+                samples = samples[:lengths[row]]
+                self._length[row], self._scale[row] = len(samples), scale
+                place = slice(self._first[row], self._first[row] + len(samples))
+                self._samples[place] = torch.from_numpy(samples.copy())
 
     def cut(
         self, rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray, samples: int, short: str

@@ -129,7 +129,7 @@ class Clips(Dataset):
                 self.manifest.file(row), int(self.begin[row]), int(self.total[row])
             )
 
-        self.in_memory = InMemoryClips(len(self), fetch, device, show_progress)
+        self.in_memory = InMemoryClips(self.total, fetch, device, show_progress)
 
     def crop_start(self, clip_ids: ArrayLike, epoch: int) -> np.ndarray:
         """Starts of the training crops of clips (n,) in an epoch, in samples: (n,) int64."""

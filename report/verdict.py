@@ -15,6 +15,7 @@ EVENTS = {
     "diverged": "Validation dropped far below its best value",
     "rollback": "Training went back to its best weights",
     "skipped": "Optimizer steps were skipped: loss or gradients were not finite",
+    "scale": "Gradients overflowed in fp16, and the loss scale was lowered",
     "unreadable": "Recordings turned out to be unreadable during the run",
     "memory": "Memory ran out during the run",
     "cache": "The cache of decoded audio could not be written",

@@ -65,6 +65,15 @@ def test_failed_training_ends_with_3_and_its_message(kind, capsys):
     assert error_line(capsys) == "diverged; lower --lr-head"
 
 
+def test_operation_that_is_never_deterministic_ends_with_2_and_names_the_flag(capsys):
+    """The error is torch's own: the operation has only such versions."""
+    error = RuntimeError("histc_cuda does not have a deterministic implementation, but you set "
+                         "'torch.use_deterministic_algorithms(True)'. You can turn off ...")
+    assert end(error) == 2
+    line = error_line(capsys)
+    assert line.startswith("--deterministic: ") and "histc_cuda" in line
+
+
 @pytest.mark.parametrize("error", [
     MemoryError(),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),

@@ -85,7 +85,7 @@ class RunLog:
             self.board.flush()
 
     def event(self, step: int, epoch: int, event: str, detail: str) -> None:
-        """Write a row of events.csv: skipped, diverged, rollback, unreadable, cache."""
+        """Write a row of events.csv: skipped, scale, diverged, rollback, unreadable, cache."""
         self.events.append(step=step, epoch=epoch, event=event, detail=detail)
 
     def finish(self, step: int, flags: dict, metrics: dict) -> None:

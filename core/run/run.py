@@ -195,7 +195,11 @@ class Run:
                           loss=numbers.loss_sum / result.n_clips, grad_norm=numbers.grad_norm,
                           clips=result.n_clips, scale=numbers.scale,
                           lr_backbone=numbers.lr_backbone, lr_head=numbers.lr_head)
-        if numbers.applied != 1:
+        if numbers.applied != 1 and numbers.scale > 1 and math.isfinite(numbers.loss_sum):
+            # The search for the largest scale that fp16 can do with; the clips are sound.
+            self.event("scale", f"fp16 gradients overflowed, so the step was skipped and the loss "
+                                f"scale of {numbers.scale:g} is lowered")
+        elif numbers.applied != 1:
             names = ", ".join(self._suspected_clips(result.losses))
             self.event("skipped", f"loss or gradients are not finite; clips: {names}")
         if self._bar is not None:
