@@ -91,7 +91,6 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
     lines = []
     if n_folds:  # before clips are left out, so that the folds stay if a file breaks
         lines += assign_folds(manifest, result.copies, n_folds, seed)
-    n_scanned = len(manifest)
     rows = np.flatnonzero(result.ok)
     manifest = manifest.select(rows)
     if rules.annotated:
@@ -108,9 +107,9 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
     manifest.content = content_keys(manifest.root, manifest.paths)
     if result.prints is not None:
         manifest.sound = shorten(result.prints[rows]).view(COLUMN_TYPES["sound"])
-    duplicates = _renumber(result.duplicates, rows, n_scanned)
-    copies = _renumber(result.copies, rows, n_scanned)
-    near = [pair for pair in _renumber(result.near, rows, n_scanned) if len(pair) == 2]
+    duplicates = _renumber(result.duplicates, rows)
+    copies = _renumber(result.copies, rows)
+    near = [pair for pair in _renumber(result.near, rows, first_only=True) if len(pair) == 2]
     if old is not None and fold is None:
         lines += _extend_split(manifest, copies, duplicates, old, seed)
     _log_indented(log, class_lines(manifest) + source_lines(manifest))
@@ -172,16 +171,22 @@ def _bad_clips(manifest, result, data, max_bad_share):
     return bad
 
 
-def _renumber(sets, rows, n):
-    """Sets of the n old rows, as sets of the new rows, (k,) the old row that each is from."""
-    set_of = np.full(n, -1, np.int64)  # -1: in none
-    for number, old_rows in enumerate(sets):
-        set_of[old_rows] = number
-    renumbered = [[] for _ in sets]
-    for new_row in np.flatnonzero(set_of[rows] >= 0).tolist():
-        renumbered[set_of[rows[new_row]]].append(new_row)
-    return [new_rows for new_rows in renumbered if new_rows]
+def _renumber(sets, rows, first_only=False):
+    """Sets of old rows as sets of new rows; rows: (k,) the old row that each new one is from.
 
+    first_only: of an old row that was cut into several, only the first one.
+    """
+    order = np.argsort(rows, kind="stable")
+    sorted_rows = rows[order]
+    renumbered = []
+    for old_rows in sets:
+        first = np.searchsorted(sorted_rows, old_rows, side="left")
+        last = np.searchsorted(sorted_rows, old_rows, side="right")
+        if first_only:
+            last = np.minimum(last, first + 1)
+        new_rows = [order[i:k] for i, k in zip(first, last)]
+        renumbered.append(np.concatenate(new_rows).tolist())
+    return [new_rows for new_rows in renumbered if new_rows]
 
 def _describe_missing_multi_label(manifest):
     """A line on splits without a clip that has several labels, if other splits have some."""

@@ -125,7 +125,7 @@ def _score_batch(scorer, wave, target):
     All are float64 on the host, and come from the device in one copy.
     """
     logits, scores, _ = _scores_on_device(scorer.model, scorer.frontend, wave, scorer.precision,
-                                          multi_label)
+                                          scorer.sigmoid)
     columns = (scorer.loss_fn(logits, target), is_correct(logits, target),
                _is_silent_on_device(wave))
     columns = torch.cat([scores, *(column[:, None].double() for column in columns)], dim=1)
