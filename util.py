@@ -1,9 +1,12 @@
 """Small helpers that every layer may import. Standard library only."""
 import contextlib
+import csv
 import errno
 import hashlib
 import json
+import numbers
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -21,6 +24,10 @@ DISK_ERRORS = {
 # errno of an operation that a file system does not have, such as chmod on FAT
 UNSUPPORTED = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP,
                errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.ENOTTY}
+# Text that a spreadsheet takes for a formula: it begins with one of these characters, also in their
+# full width. The apostrophes of an earlier escape count, so that each escape can be undone.
+FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(inf|nan)", re.IGNORECASE)
 _told = set()  # what was said to be unsupported
 
 
@@ -122,6 +129,48 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with atomic_write(path, "wb") as file:
         file.write(text.encode("utf-8", errors="replace"))
+
+
+def escape_cell(value: Any) -> Any:
+    """A cell for a CSV: text that a spreadsheet would run as a formula gets an apostrophe in front.
+
+    Numbers stay, also as text. `unescape_cell` undoes it for any text.
+    """
+    if value is None or isinstance(value, numbers.Number):
+        return value
+    text = str(value)
+    if FORMULA.match(text) and not NUMBER.fullmatch(text):
+        return "'" + text
+    return text
+
+
+def unescape_cell(text: str) -> str:
+    """The text that `escape_cell` escaped. Other text, such as 'Apapane, stays as it is."""
+    return text[1:] if text[:1] == "'" and FORMULA.match(text) else text
+
+
+class CsvWriter:
+    """A writer of CSV files as of the csv module, which escapes formulas (see `escape_cell`).
+
+    All CSV files of the program are written with it.
+    """
+
+    def __init__(self, file: IO[str], quoting: int = csv.QUOTE_MINIMAL):
+        self._writer = csv.writer(file, quoting=quoting)
+
+    def writerow(self, row: Iterable[Any]) -> None:
+        self._writer.writerow([escape_cell(value) for value in row])
+
+    def writerows(self, rows: Iterable[Iterable[Any]]) -> None:
+        for row in rows:
+            self.writerow(row)
+
+
+def csv_rows(file: Iterable[str]) -> Iterator[dict[str, str]]:
+    """The rows of a CSV file that `CsvWriter` wrote, by column; a cut row lacks some values."""
+    for row in csv.DictReader(file):
+        yield {name: unescape_cell(value) if isinstance(value, str) else value
+               for name, value in row.items()}
 
 
 def fsync_path(path: str | os.PathLike) -> None:

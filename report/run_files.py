@@ -1,5 +1,4 @@
 """The files of a run folder and of a folder of results, read into one object."""
-import csv
 import json
 import re
 from collections import Counter
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from metrics import MONITORS
+from util import csv_rows
 
 from .plots import best_row
 
@@ -114,7 +114,7 @@ def read_rows(path: Path) -> list[dict]:
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return list(csv.DictReader(file))
+        return list(csv_rows(file))
 
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
