@@ -230,9 +230,14 @@ def is_being_written(folder: Path) -> bool:
     return False
 
 
-def newest_run(folder: str | Path, name: str) -> Path | None:
-    """The newest `<folder>/*/<name>` by time of writing, or None."""
-    candidates = [path for path in Path(folder).glob(f"*/{name}") if path.is_file()]
+def newest_run(folder: str | Path, name: str, with_folds: bool = False) -> Path | None:
+    """The newest `<folder>/*/<name>` by time of writing, or None.
+
+    with_folds: also look into the folders that `--folds` makes, `<folder>/*/fold*/`.
+    """
+    patterns = ["*", "*/fold*"] if with_folds else ["*"]
+    candidates = [path for pattern in patterns for path in Path(folder).glob(f"{pattern}/{name}")
+                  if path.is_file()]
     return max(candidates, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
