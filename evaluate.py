@@ -128,6 +128,8 @@ def open_clips(checkpoint: Checkpoint, manifest: Manifest, rate: int, cache_root
     """The waveforms, from the cache if the run used one, so that they are rounded alike."""
     was_cached = checkpoint["flags"].get("cache", "off") != "off"
     cache = WaveCache(cache_root / "audio", rate) if was_cached else None
+    if cache and cache.problem:
+        print(f"  {cache.problem}")
     return Clips(manifest, rate, checkpoint["clip"]["samples"], checkpoint["clip"]["short"],
                  cache=cache)
 

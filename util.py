@@ -3,23 +3,26 @@ import contextlib
 import csv
 import errno
 import hashlib
+import io
 import json
 import numbers
 import os
 import re
+import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-# errno of an OSError that disks, connections to them, permissions or paths cause; others are bugs
+# errno of an OSError that disks, connections to them, permissions or paths cause. Others are bugs,
+# unless the path is to blame, see `is_disk_error`.
 DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
     errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO,
     errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNABORTED, errno.ECONNRESET,
-    errno.ESHUTDOWN, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG,
-    errno.ELOOP, errno.EBUSY, errno.ETXTBSY, errno.ENOLCK, errno.EINVAL, errno.ESPIPE,
+    errno.ESHUTDOWN, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY,
+    errno.ETXTBSY, errno.ENOLCK,
 }
 # errno of an operation that a file system does not have, such as chmod on FAT
 UNSUPPORTED = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP,
@@ -71,8 +74,24 @@ def plural(number: int, noun: str) -> str:
 
 
 def is_disk_error(error: BaseException) -> bool:
-    """Whether an error is the fault of a disk, its connection, permissions or a path."""
-    return isinstance(error, OSError) and error.errno in DISK_ERRORS
+    """Whether an error is the fault of a disk, its connection, permissions or a path.
+
+    A missing file is one if its folder is gone: a disk was taken away. A missing file in a folder
+    that exists is a bug of this program, as is an invalid argument of a call without a path.
+    """
+    if not isinstance(error, OSError):
+        return False
+    return error.errno in DISK_ERRORS or _is_path_to_blame(error)
+
+
+def _is_path_to_blame(error):
+    if not isinstance(error.filename, str | bytes | os.PathLike):
+        return False
+    if error.errno == errno.ENOENT:
+        return not os.path.isdir(os.path.dirname(error.filename) or os.fsencode("."))
+    if error.errno == errno.EEXIST:  # a file where a folder is wanted
+        return os.path.exists(error.filename) and not os.path.isdir(error.filename)
+    return error.errno == errno.EINVAL  # a name that the file system does not permit
 
 
 @contextlib.contextmanager
@@ -86,6 +105,51 @@ def if_supported(operation: str) -> Iterator[None]:
         if operation not in _told:
             _told.add(operation)
             print(f"note: this file system has no {operation}; going on without it", flush=True)
+
+
+def open_regular(path: str | os.PathLike) -> IO[bytes]:
+    """Open a file for reading. Raises OSError at once for a FIFO or a device, or a link to one:
+    reading these may never end."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.ENODEV, "not a regular file", os.fspath(path))
+        return open(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def open_text(path: str | os.PathLike) -> IO[str]:
+    """The same for a CSV in UTF-8; bytes of a name that are not UTF-8 are surrogate escapes."""
+    return io.TextIOWrapper(open_regular(path), encoding="utf-8", errors="surrogateescape",
+                            newline="")
+
+
+def read_regular(path: str | os.PathLike) -> bytes:
+    """The content of a file; see `open_regular`."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def is_own(status: os.stat_result) -> bool:
+    """Whether a file or folder belongs to the user of this process. True on systems without."""
+    return not hasattr(os, "getuid") or status.st_uid == os.getuid()
+
+
+def foreign_owner(cache: str | os.PathLike, *inside: str | os.PathLike) -> str | None:
+    """"FOLDER belongs to another user" for the first folder that does; None if none does.
+
+    cache: may belong to root, such as /tmp. inside: folders in it. Whoever owns a folder can
+    exchange what is in it.
+    """
+    for level, folder in enumerate((cache, *inside)):
+        with contextlib.suppress(OSError):  # there is none yet
+            status = os.stat(folder)
+            is_roots = level == 0 and status.st_uid == 0
+            if not is_own(status) and not is_roots:
+                return f"{folder} belongs to another user"
+    return None
 
 
 def sha256_of(path: str | os.PathLike) -> str:

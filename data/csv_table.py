@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from util import unescape_cell
+from util import read_regular, unescape_cell
 
 from .files import suffix
 from .manifest import DataError
@@ -45,7 +45,7 @@ def read_table(path: Path) -> Table:
     that is not closed.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+        text = read_regular(path).decode("utf-8-sig", "surrogateescape")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}; fix the file") from None
     if "\0" in text.split("\n", 1)[0]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from util import atomic_write
+from util import atomic_write, foreign_owner, is_own, open_regular
 
 INDEX_HEAD = b"warble scan index 4\n"
 INDEX_LIMIT = 1_000_000  # files in the index: those of this scan, then those of earlier ones
@@ -64,6 +64,9 @@ def save(index: str | os.PathLike, records: np.ndarray, texts: dict[int, str]) -
     merged = merged[first_of_key]
     text_of_key = {key: text_of_key[key] for key in merged["key"][merged["has_text"]].tolist()}
     body = b"".join([len(merged).to_bytes(8, "little"), merged, json.dumps(text_of_key).encode()])
+    owner = foreign_owner(Path(index).parent)
+    if owner:
+        return [f"the scan is not saved: {owner}; give another --cache-dir"]
     try:
         with atomic_write(index, "wb") as file:
             file.write(INDEX_HEAD + hashlib.sha256(body).digest() + body)
@@ -74,10 +77,7 @@ def save(index: str | os.PathLike, records: np.ndarray, texts: dict[int, str]) -
 
 def _load(index):
     """Records (m,) sorted by key, and {key: text}; empty if there is no valid index."""
-    try:
-        content = Path(index).read_bytes() if index is not None else b""
-    except OSError:
-        content = b""
+    content = _read_own(index) if index is not None else b""
     body = memoryview(content)[PREFIX:]
     if content[:PREFIX] != INDEX_HEAD + hashlib.sha256(body).digest():
         return np.zeros(0, RECORD), {}
@@ -85,3 +85,14 @@ def _load(index):
     records = np.frombuffer(body[8:], RECORD, n)
     texts = json.loads(bytes(body[8 + records.nbytes:]))
     return records, {int(key): text for key, text in texts.items()}
+
+
+def _read_own(index):
+    """The bytes of an index that this user wrote; nothing if it is another's or no file."""
+    if foreign_owner(Path(index).parent):
+        return b""
+    try:
+        with open_regular(index) as file:
+            return file.read() if is_own(os.fstat(file.fileno())) else b""
+    except OSError:
+        return b""

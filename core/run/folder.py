@@ -13,7 +13,7 @@ import torch
 
 from data.manifest import Manifest
 from data.splits import split_hash
-from util import InputError, if_supported
+from util import InputError, if_supported, read_regular
 
 from .checkpoint import (
     Checkpoint,
@@ -119,7 +119,7 @@ def _continue_from_file(path, run_dir):
 def _is_run_of(checkpoint, folder):
     """Whether a folder has the run of this checkpoint, as its run.json tells, or none."""
     try:
-        info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        info = json.loads(read_regular(folder / "run.json"))
     except FileNotFoundError:
         return True
     except (OSError, ValueError):

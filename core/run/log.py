@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from metrics import HISTORY_COLUMNS
-from util import CsvWriter, atomic_write, csv_rows
+from util import CsvWriter, atomic_write, csv_rows, open_text
 
 from .progress import Progress
 
@@ -27,7 +27,7 @@ class CsvLog:
     def __init__(self, path: Path, columns: list[str], last: int = 0):
         rows = []
         if last and path.exists():
-            with open(path, newline="", encoding="utf-8") as file:
+            with open_text(path) as file:
                 # By name: another version of the program may have written other columns.
                 rows = [[row.get(name) or "" for name in columns] for row in csv_rows(file)
                         if is_number_up_to(row.get(columns[0]), last)]
