@@ -11,6 +11,7 @@ import re
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -150,6 +151,24 @@ def foreign_owner(cache: str | os.PathLike, *inside: str | os.PathLike) -> str |
             if not is_own(status) and not is_roots:
                 return f"{folder} belongs to another user"
     return None
+
+
+class SpeedLimit:
+    """Give up a download that trickles: `add` raises TimeoutError if fewer than `least` bytes/s
+    have come over a period of `seconds`."""
+
+    def __init__(self, least: float, seconds: float):
+        self.least, self.seconds = least, seconds
+        self._began, self._n_bytes = time.monotonic(), 0
+
+    def add(self, n_bytes: int) -> None:
+        self._n_bytes += n_bytes
+        passed = time.monotonic() - self._began
+        if passed < self.seconds:
+            return
+        if self._n_bytes < self.least * passed:
+            raise TimeoutError(f"slower than {self.least / 1000:g} kB/s for {self.seconds:g} s")
+        self._began, self._n_bytes = time.monotonic(), 0
 
 
 def sha256_of(path: str | os.PathLike) -> str:
