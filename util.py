@@ -133,6 +133,17 @@ def read_regular(path: str | os.PathLike) -> bytes:
         return file.read()
 
 
+def make_folder(path: str | os.PathLike) -> None:
+    """Make a folder and its parents if it is missing.
+
+    Raises OSError. Its errno is one of DISK_ERRORS also in /proc, which takes no folders.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:
+        raise OSError(errno.EROFS, "no folder can be made there", os.fspath(path)) from None
+
+
 def is_own(status: os.stat_result) -> bool:
     """Whether a file or folder belongs to the user of this process. True on systems without."""
     return not hasattr(os, "getuid") or status.st_uid == os.getuid()
@@ -188,7 +199,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w", durable: bool = True
     made again. Raises OSError; the old file is then intact and nothing is left over.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
     text = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
     try:

@@ -17,7 +17,7 @@ from metrics import (
     recall_by_frequency,
     reliability,
 )
-from util import CsvWriter, atomic_write, write_json
+from util import CsvWriter, atomic_write, make_folder, write_json
 
 from . import pictures
 from .run_files import load_scores
@@ -40,7 +40,7 @@ def write_results(folder: Path, result, manifest, classes: Sequence[str], split:
         manifest: the clips that `result.rows` points into.
         calibration: {"temperature": float, "thresholds": (C,) floats}.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     multi_label = result.labels.ndim == 2
     predicted = predicted_classes(result.scores, calibration) if multi_label else None
     calibrated = apply_temperature(result.scores, calibration["temperature"], multi_label)
