@@ -310,6 +310,7 @@ def main(argv: list[str] | None = None, resume_command: str | None = None) -> in
     else:
         learner.load_state_dict(checkpoint)
         run.load_state(checkpoint, calibration_of(checkpoint))
+        run.update_info(describe.run_info(learner, loader, weights, vars(args), len(bad_files)))
     constant = {  # parts of the checkpoint that stay the same
         "config": learner.model.config.to_dict(), "frontend": learner.frontend.config.to_dict(),
         "clip": {"samples": clips.samples, "short": args.short}, "classes": manifest.classes,

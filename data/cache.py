@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import stat
 import struct
 import tempfile
 import zlib
@@ -19,6 +20,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from tqdm import tqdm
+
+from util import foreign_owner, is_own
 
 from .audio import AudioError, clip_range, fit, read
 
@@ -68,6 +71,9 @@ class WaveCache:
     replaced. An entry is renamed into place once it is complete, and each process checks its
     checksum once. So corrupt entries are ignored, and a full disk only disables caching.
 
+    A folder of another user is not used, and an entry of another user is ignored and replaced:
+    their owner could forge what the model hears.
+
     write: False reads existing entries but writes none.
     """
 
@@ -76,6 +82,11 @@ class WaveCache:
         self.rate = rate
         self.write = write
         self.problem: str | None = None  # why nothing is written any more
+        owner = foreign_owner(self.folder.parent.parent, self.folder.parent, self.folder)
+        self.is_used = owner is None
+        if owner:
+            self.write = False
+            self.problem = f"{owner}: not used, so no audio is cached; give another --cache-dir"
         self._verified = set()  # entries whose checksum was right
         self._last: CachedClip | None = None  # serves the next tile of the clip if write is False
 
@@ -114,17 +125,22 @@ class WaveCache:
 
     def _load(self, entry, source, start, length):
         """What `read` returns, or None without a valid entry for the source as it is now."""
+        if not self.is_used:
+            return None
         try:
-            handle = os.open(entry, os.O_RDONLY)
+            handle = os.open(entry, os.O_RDONLY | os.O_NONBLOCK)
         except OSError:
             return None
         try:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode) or not is_own(status):
+                return None
             header = os.pread(handle, HEADER.size, 0)
             if len(header) < HEADER.size:
                 return None
             magic, *entry_source, n_samples, scale, checksum = HEADER.unpack(header)
             size = HEADER.size + 2 * n_samples
-            if magic != MAGIC or tuple(entry_source) != source or os.fstat(handle).st_size != size:
+            if magic != MAGIC or tuple(entry_source) != source or status.st_size != size:
                 return None
             entry_key = int(entry.name[:14], 16) ^ checksum  # small, as there may be millions
             if entry_key not in self._verified:

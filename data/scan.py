@@ -3,7 +3,6 @@
 A scan reads headers, or with full=True decodes every file once. It saves what it saw in an index,
 so that the next scan opens only files that are new or have changed.
 """
-import csv
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from util import atomic_write, plural, printable, sha256_of, summarize
+from util import CsvWriter, atomic_write, plural, printable, sha256_of, summarize
 
 from . import scan_index
 from .audio import AccessError, AudioError, AudioInfo, check, probe
@@ -157,7 +156,7 @@ def refuse_truncated(scan: Scan) -> None:
 def write_bad_files(bad: Iterable[tuple[str, str]], path: str | os.PathLike) -> None:
     """Write a CSV of (path, reason) pairs, each pair once."""
     with atomic_write(path) as file:
-        writer = csv.writer(file)
+        writer = CsvWriter(file)
         writer.writerow(["path", "reason"])
         writer.writerows(dict.fromkeys(map(tuple, bad)))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from util import atomic_write
+from util import atomic_write, foreign_owner, is_own, open_regular
 
 from .sound_print import PRINT
 
@@ -81,6 +81,9 @@ def save(index: str | os.PathLike, records: np.ndarray, texts: dict[int, str],
     merged_prints = _merge_prints(records, prints, known_prints, merged["key"])
     body = b"".join([len(merged).to_bytes(8, "little"), len(merged_prints).to_bytes(8, "little"),
                      merged, merged_prints, json.dumps(text_of_key).encode()])
+    owner = foreign_owner(Path(index).parent)
+    if owner:
+        return [f"the scan is not saved: {owner}; give another --cache-dir"]
     try:
         with atomic_write(index, "wb") as file:
             file.write(INDEX_HEAD + hashlib.sha256(body).digest() + body)
@@ -105,10 +108,7 @@ def _load(index):
 
     All are empty if there is no valid index.
     """
-    try:
-        content = Path(index).read_bytes() if index is not None else b""
-    except OSError:
-        content = b""
+    content = _read_own(index) if index is not None else b""
     body = memoryview(content)[PREFIX:]
     if content[:PREFIX] != INDEX_HEAD + hashlib.sha256(body).digest():
         return np.zeros(0, RECORD), {}, np.zeros(0, PRINT_RECORD)
@@ -118,3 +118,14 @@ def _load(index):
     prints = np.frombuffer(body, PRINT_RECORD, n_prints)
     texts = json.loads(bytes(body[prints.nbytes:]))
     return records, {int(key): text for key, text in texts.items()}, prints
+
+
+def _read_own(index):
+    """The bytes of an index that this user wrote; nothing if it is another's or no file."""
+    if foreign_owner(Path(index).parent):
+        return b""
+    try:
+        with open_regular(index) as file:
+            return file.read() if is_own(os.fstat(file.fileno())) else b""
+    except OSError:
+        return b""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from util import atomic_write, plural, printable, summarize
+from util import CsvWriter, atomic_write, plural, printable, summarize
 
 from .folds import NO_FOLD
 from .grouping import indices_by_value
@@ -190,7 +190,7 @@ def write_split(manifest: Manifest, path: str | os.PathLike) -> None:
     column `unknown` follows.
     """
     with atomic_write(path) as file:
-        writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC)  # keeps blanks and line breaks
+        writer = CsvWriter(file, quoting=csv.QUOTE_NONNUMERIC)  # keeps blanks and line breaks
         writer.writerow([*COLUMNS, "unknown"] if manifest.multi_label else COLUMNS)
         writer.writerows(_fields(manifest))
 

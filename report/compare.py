@@ -15,7 +15,7 @@ import numpy as np
 
 from metrics import METRICS, MONITORS, metrics_for, point_metrics, resample_counts
 from metrics.classification import Outcome, WeightedCounts
-from util import InputError, plural, printable
+from util import InputError, plural, printable, read_regular
 
 from .plots import whole_number_axis
 from .run_files import load_scores, read_columns, read_rows
@@ -59,7 +59,7 @@ def _read(folder):
     of scores.npz}.
     """
     try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        run = json.loads(read_regular(folder / "run.json"))
         run["history"] = read_columns(folder / "history.csv")
         run["test"] = load_scores(folder / "test")
         clips = read_rows(folder / "test" / "predictions.csv")

@@ -1,5 +1,4 @@
 """Write the results of an evaluation to disk, and put them into lines for a person."""
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from metrics import (
     recall_by_frequency,
     reliability,
 )
-from util import atomic_write, write_json
+from util import CsvWriter, atomic_write, make_folder, write_json
 
 from . import pictures
 from .false_alarms import false_alarm_lines, write_false_alarms
@@ -44,7 +43,7 @@ def write_results(folder: Path, result, manifest, classes: Sequence[str], split:
         calibration: {"temperature": float, "thresholds": (C,) floats, "sigmoid": bool}; the last is
             the kind of the scores (default: whether clips may have several labels).
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     multi_label = result.labels.ndim == 2
     predicted = predicted_classes(result.scores, calibration) if multi_label else None
     calibration = {"sigmoid": multi_label} | calibration
@@ -111,7 +110,7 @@ def _write_predictions(path, result, manifest, classes, calibrated, predicted, c
     best = np.argsort(-calibrated, axis=1, kind="stable")[:, :TOP]
     thresholds = np.asarray(calibration["thresholds"])
     with atomic_write(path) as file:
-        out = csv.writer(file)
+        out = CsvWriter(file)
         out.writerow(["path", "start", "end", "label", "prediction", "confidence", "top5"])
         for i, (row, top, scores) in enumerate(zip(result.rows, best, calibrated, strict=True)):
             if predicted is not None:
@@ -147,7 +146,7 @@ def _write_per_class(path, result, classes, calibration, predicted, false_alarms
         columns.append("false_alarms_per_hour")
     rows = per_class(result.scores, result.labels, len(classes), predicted)
     with atomic_write(path) as file:
-        out = csv.writer(file)
+        out = CsvWriter(file)
         out.writerow(columns)
         for i, row in enumerate(rows):
             figures = ["" if np.isnan(row[key]) else f"{row[key]:.4f}" for key in columns[1:5]]

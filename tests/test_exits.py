@@ -173,7 +173,7 @@ def test_script_ends_with_2_and_one_line(script, words, name, tmp_path, monkeypa
 # --- disks, folders, streams, variables ---
 
 @pytest.mark.parametrize("code", [
-    errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ENODEV, errno.EEXIST,
+    errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ENODEV,
     errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EHOSTDOWN, errno.EREMOTEIO])
 def test_disk_that_is_away_ends_with_2_and_names_the_file(code, capsys):
     assert end(OSError(code, os.strerror(code), "out/metrics.json")) == 2

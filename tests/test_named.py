@@ -203,6 +203,22 @@ def test_interrupted_chunked_download_restarts(server, put, tmp_path):
     assert [status for _, status in server.requests] == [200, 200]
 
 
+@pytest.mark.parametrize("least", [10**6, 1])  # the second is the control: fast enough
+def test_download_that_trickles_is_given_up(least, server, put, tmp_path, monkeypatch):
+    put("esc50")
+    server.ranges, server.seconds_per_block = False, 0.1
+    monkeypatch.setattr(download, "LEAST_SPEED", least)
+    monkeypatch.setattr(download, "SPEED_SECONDS", 0.3)
+    if least == 1:
+        assert fetch("esc50", tmp_path).is_dir()
+        return
+    with pytest.raises(DataError) as error:
+        fetch("esc50", tmp_path)
+    message = str(error.value)
+    assert "kB/s" in message and "by other means" in message and "start again" in message
+    assert len(server.requests) == download.TRIES
+
+
 def test_busy_server_is_asked_again(server, put, tmp_path):
     files = put("urbansound8k")
     server.statuses = [503, 429]

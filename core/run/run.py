@@ -34,6 +34,7 @@ from .checkpoint import (
 )
 from .folder import RunError, create_run, open_run
 from .log import RunLog
+from .origin import read_run_info
 from .progress import Progress
 from .signals import Interrupted, StopRequest
 
@@ -127,6 +128,16 @@ class Run:
             write_json(folder / "run.json", info)
             return folder
         self.folder = self.distributed.on_first_rank(create)
+
+    def update_info(self, info: dict) -> None:
+        """Make the run.json of a resumed run say where the data are now, or write it from `info`
+        if there is none. `evaluate.py` reads the recordings that it names."""
+        def update():
+            path = self.folder / "run.json"
+            old = read_run_info(self.folder) or info
+            if not path.exists() or old["data"]["root"] != info["data"]["root"]:
+                write_json(path, old | {"data": old["data"] | {"root": info["data"]["root"]}})
+        self.distributed.on_first_rank(update)
 
     def begin(self, manifest: Manifest, bad_files: list, constant: dict, *, save_every: str,
               max_skips: int, max_bad_share: float, read_late: bool, tensorboard: bool) -> None:
