@@ -39,9 +39,9 @@ def false_alarms(
     3.7 / hours. With one recording the interval takes its windows as independent.
 
     In simulations the interval contains the true rate in 96% to 99% of trials if it is the same in
-    all recordings. It does in 94% (92% to 95%) if the rates vary by their own mean (gamma, shape 1)
-    over 6 to 30 recordings. It does in 91% (89% to 95%) if they vary by 1.4 times their mean.
-    If a few of many recordings have nearly all alarms, it is too narrow.
+    all of 6 to 30 recordings. It does in 95% (93% to 99%) if the rates vary as much as their mean
+    (gamma, shape 1), and in 94% (90% to 99%) if they vary by 1.4 times their mean. It is too narrow
+    (90%, 81% to 99%) if a few recordings have nearly all alarms (2.2 times their mean).
 
     Returns {"hours", "recordings", "windows_with_alarm", "per_hour", "per_hour_ci95": [low, high],
     "interval_over": "recordings" or "windows", "per_class": [{"count", "per_hour",
@@ -253,7 +253,7 @@ def _check_scores(scores, what):
 
 
 def _check_thresholds(thresholds, scores):
-    """(C,), in the dtype of the scores: a float32 score of 0.1 reaches a threshold of 0.1."""
+    """(C,), in the dtype of the scores: a float32 score of 0.7 reaches a threshold of 0.7."""
     thresholds = np.asarray(thresholds, dtype=np.float64)
     if thresholds.shape != scores.shape[1:] or np.isnan(thresholds).any():
         raise ValueError(f"thresholds must be ({scores.shape[1]},) numbers, got {thresholds.shape}")
