@@ -67,7 +67,7 @@ def windows_of(
     touched = np.zeros_like(present)
 
     is_point = start == end
-    inside = is_point & (start >= 0) & (start <= total)
+    inside = is_point & (start <= total)
     # A window contains its start but not its end, except at the end of the recording.
     first = np.minimum(np.searchsorted(ends, start[inside], side="right"), len(ends) - 1)
     last = np.searchsorted(starts, start[inside], side="right")

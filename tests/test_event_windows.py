@@ -122,6 +122,9 @@ def test_times_that_floats_cannot_hold_are_exact():
     windows = windows_of([0.1 * 3], [0.1 * 3], [0], 0.9, 0.3, 0.3, 1)
     assert windows.present[:, 0].tolist() == [False, True, False]
     assert windows.starts.tolist() == [0, 0.3, 0.6]
+    assert int(2.01 * 1e6) < 2_010_000
+    windows = windows_of([2.01], [2.01], [0], 4, 2.01, 2.01, 1)
+    assert windows.present[:, 0].tolist() == [False, True]
     # 14 of 25 parts are 0.56, though 0.56 * 25 > 14 in floats.
     windows = windows_of([0.86], [1.11], [0], 2, 1, 1, 1, min_overlap=5, min_fraction=0.56)
     assert windows.present[:, 0].tolist() == [True, False]
