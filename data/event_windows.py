@@ -48,10 +48,10 @@ def windows_of(
     at least min_overlap seconds of the window, all together, overlaps counted once. Or one event
     has at least min_fraction of its own length there, so one that lies within it always counts.
 
-    The rules and defaults are those of opensoundscape's `BoxedAnnotations.clip_labels`. It
-    recommends a min_label_overlap of 0.25 s for bird songs, less for very short calls. With a
+    The rules follow `BoxedAnnotations.clip_labels` of opensoundscape, and the defaults its advice:
+    a min_label_overlap of 0.25 s for bird songs, less for very short calls. With a
     min_label_fraction of 0.5 every event counts in at least one window if there are no gaps.
-    opensoundscape makes partial classes absent, and measures each event on its own.
+    Unlike here, it makes partial classes absent, and measures each event on its own.
 
     Raises ValueError if an argument is out of range.
     """

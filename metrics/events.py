@@ -104,7 +104,6 @@ def _fitting_pairs(true, predicted, min_share, min_iou):
     shorter = np.minimum(length_true, length_predicted)
     union = length_true + length_predicted - overlap
     fits = (overlap > 0) | ((overlap == 0) & (shorter == 0))
-    fits &= (true.recording[t] == predicted.recording[p]) & (true.label[t] == predicted.label[p])
     fits &= overlap >= min_share * shorter * (1 - ROUNDING)
     fits &= overlap >= min_iou * union * (1 - ROUNDING)
     return t[fits], p[fits]
@@ -114,7 +113,7 @@ def _near_pairs(true, predicted):
     """Indices (k,), (k,) of pairs that include all overlapping ones of a recording and class."""
     if len(true.start) == 0 or len(predicted.start) == 0:
         return np.empty(0, np.int64), np.empty(0, np.int64)
-    # One time line, on which the recordings and classes lie one after the other.
+    # One time line, on which the recordings and classes lie one after the other, a second apart.
     keys = np.concatenate([np.stack([e.recording, e.label], axis=1) for e in (true, predicted)])
     key = np.unique(keys, axis=0, return_inverse=True)[1].ravel()
     earliest = min(true.start.min(), predicted.start.min())

@@ -67,8 +67,9 @@ def test_overlapping_windows_join_and_gaps_do_not():
 
 
 def test_windows_out_of_order_are_refused():
-    with pytest.raises(ValueError):
-        join_windows([3, 0], [6, 3], [1, 1])
+    for starts, ends in (([3, 0], [6, 3]), ([0, 1], [6, 3])):
+        with pytest.raises(ValueError):
+            join_windows(starts, ends, [1, 1])
 
 
 def test_all_classes_and_recordings_join_as_each_alone():
@@ -130,6 +131,15 @@ def test_same_times_in_another_class_or_recording_do_not_fit():
         assert match_events(events((0, 0, 3, 0)), events(row))[0].tolist() == [-1]
 
 
+def test_predicted_events_may_overlap():
+    short = [(0, t, t + 1, 0) for t in range(1, 40, 2)]
+    predicted = events((0, 0, 100, 0), *short)
+    assert match_events(events((0, 80, 81, 0)), predicted)[0].tolist() == [0]
+    # Each of the short ones fits two: itself and the long one.
+    match, is_met, hits = match_events(events(*short), predicted)
+    assert (match >= 0).all() and is_met.all() and hits.all()
+
+
 # --- scores ---
 
 def small_example():
@@ -153,6 +163,12 @@ def test_counts_and_ratios():
     assert (micro["precision"], micro["recall"]) == (0.5, 0.5)
     assert (macro["recall"], macro["precision"]) == (pytest.approx(1 / 3), 0.5)
     json.dumps(result, allow_nan=False)
+
+
+def test_mean_over_classes_leaves_out_classes_without_events():
+    result = score_events(events((0, 0, 1, 0)), events((0, 0, 1, 0), (0, 0, 1, 1)), 2, 1)
+    assert result["per_class"][1]["precision"] == 0
+    assert (result["macro"]["precision"], result["micro"]["precision"]) == (1, 0.5)
 
 
 def test_series_of_calls_in_one_predicted_event():

@@ -201,12 +201,12 @@ def lowest_threshold(negatives, c, allowed, candidates, top_k):
     raise AssertionError("no candidate is high enough")
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("multi_label", [False, True])
 @pytest.mark.parametrize("top_k", [None, 1, 2])
 def test_recall_at_equals_brute_force(seed, multi_label, top_k):
     dtype = [np.float64, np.float32][seed % 2]
-    scores, labels, negatives = data(seed, multi_label=multi_label, tied=seed > 2, dtype=dtype)
+    scores, labels, negatives = data(seed, multi_label=multi_label, tied=seed > 1, dtype=dtype)
     rates = (0.5, 1, 7, 49.5, 1000)  # 49.5: all negatives but one
     result = recall_at(scores, labels, negatives, 0.02, rates, top_k)  # 1.8 hours
     assert result["at"][0]["recall"] is None  # half an alarm per hour needs two hours
@@ -249,11 +249,11 @@ def test_perfect_scores_have_full_recall():
 
 # --- false alarms at equal recall ---
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("multi_label", [False, True])
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_false_alarms_at_recall_equal_brute_force(seed, multi_label, top_k):
-    scores, labels, negatives = data(seed, multi_label=multi_label, tied=seed > 2)
+    scores, labels, negatives = data(seed, multi_label=multi_label, tied=seed > 1)
     recall = 0.3 if top_k else 0.9
     result = false_alarms_at_recall(scores, labels, negatives, 0.1, recall, top_k)
     thresholds, n_not_reached = {}, 0

@@ -13,6 +13,7 @@ MAY = datetime(2024, 5, 1, 5, 30)
     ("20240501_053000.WAV", "", MAY),
     ("plot7/20240501_053000.WAV", "plot7", MAY),
     ("plot7/20240501/20240501_053000.WAV", "plot7", MAY),  # daily folders
+    ("plot7/Data/20240501_053000.WAV", "plot7", MAY),
     ("plot7/20240501_053000T.WAV", "plot7", MAY),  # triggered
     ("24F31901603CC8B6_20240501_053000.WAV", "24F31901603CC8B6", MAY),  # with device ID
     ("plot7/5E90A4D4.WAV", "plot7", datetime(2020, 4, 10, 16, 54, 44)),
@@ -61,6 +62,9 @@ def test_names_of_recorders(path, site, start):
     ("10160435.wav", ""),  # Batlogger: device and number
     ("58912345.wav", ""),
     ("FFFFFFFF.WAV", ""),
+    ("4E90A4D4.WAV", ""),  # 2011: before there were AudioMoths
+    ("plot7/2024-0501_053000.wav", "plot7"),
+    ("plot7/X_20240230_053000.wav", "plot7"),  # 30 February
     ("/data/audio.wav", ""),
     ("", ""),
 ])
