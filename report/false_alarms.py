@@ -1,12 +1,12 @@
 """False alarms on recordings that contain none of the classes: file, figures and words."""
-import csv
+
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from metrics.false_alarms import false_alarms, recall_at
-from util import atomic_write, plural
+from util import CsvWriter, atomic_write, plural
 
 RATES = (0.1, 1, 10)  # false alarms per hour, of one class, for which recall is given
 HOW_TO = ("recordings that contain none of the classes, as a folder called noise, as rows with an "
@@ -37,7 +37,7 @@ def write_false_alarms(path: Path, calibrated: np.ndarray, result, manifest,
     windows, alarms = np.nonzero(is_alarm)
     order = np.argsort(-scores[windows, alarms], kind="stable")
     with atomic_write(path) as file:
-        out = csv.writer(file)
+        out = CsvWriter(file)
         out.writerow(["path", "start", "end", "class", "score"])
         for window, c in zip(windows[order].tolist(), alarms[order].tolist()):
             row = rows[window]
