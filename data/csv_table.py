@@ -51,8 +51,7 @@ def read_table(path: Path) -> Table:
         raise DataError(f"{path} cannot be read: {error}; fix the file") from None
     if "\0" in text.split("\n", 1)[0]:
         raise DataError(f"{path} is not UTF-8 text; save it as CSV in UTF-8")
-    text, n_skipped, separator = _skip_preamble(text)
-    read_rows = _tab_rows if separator == "\t" else _csv_rows
+    text, n_skipped, separator = skip_preamble(text)
     lines = [(number, row) for number, row in read_rows(path, text, separator, n_skipped)
              if any(row)]
     if len(lines) < 2:
@@ -87,7 +86,7 @@ def as_text(field: str) -> str:
         return raw.decode("cp1252" if not re.search(rb"[\x81\x8d\x8f\x90\x9d]", raw) else "latin-1")
 
 
-def _skip_preamble(text):
+def skip_preamble(text: str) -> tuple[str, int, str]:
     """Find the header. -> (text from the header on, number of lines above it, separator)."""
     lines = text.split("\n")
     n_skipped = 0
@@ -127,6 +126,13 @@ def _refuse_missing_header(path, header):
     if audio is not None:
         raise DataError(f"{path} has no header: its first line is a clip ({audio}); put a line "
                         "such as path,label above it")
+
+
+def read_rows(path: Path, text: str, separator: str, n_skipped: int
+              ) -> list[tuple[int, list[str]]]:
+    """[(number, fields)] of the header and each row. Raises DataError for a quote left open."""
+    read = _tab_rows if separator == "\t" else _csv_rows
+    return read(path, text, separator, n_skipped)
 
 
 def _csv_rows(path, text, separator, n_skipped):

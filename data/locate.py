@@ -118,7 +118,7 @@ def _layouts(table, audio_dir, n, labels, folds, folders):
     if folds:
         folder_columns.append([f"fold{fold}" for fold in folds])
     if folders:
-        folder_columns.append([native_path(_with_slashes(folder).strip("/")) for folder in folders])
+        folder_columns.append([native_path(with_slashes(folder).strip("/")) for folder in folders])
     return [_Layout(root, base, column) for root, base in bases for column in folder_columns]
 
 
@@ -129,8 +129,8 @@ class _Search:
 
     def __init__(self, audio_dir):
         self.audio_dir = audio_dir  # files may be anywhere below it, if it is not None
-        self.listings = {}  # folder -> _Names
-        self.everywhere = None  # _Names of all files below audio_dir
+        self.listings = {}  # folder -> Names
+        self.everywhere = None  # Names of all files below audio_dir
         self.n_changed = Counter()  # how a name differs -> number of rows
         self.examples = {}  # how a name differs -> (text, path)
 
@@ -138,7 +138,7 @@ class _Search:
         """The row's path relative to the layout's root, or None."""
         if layout.exists(row, text):
             return layout.path(row, text)
-        variants = dict.fromkeys([text, _with_slashes(text), native_path(as_text(text))])
+        variants = dict.fromkeys([text, with_slashes(text), native_path(as_text(text))])
         for variant in variants:
             path = layout.path(row, variant)
             if path is None:
@@ -155,8 +155,8 @@ class _Search:
         if self.everywhere is None:
             above, top = os.path.split(layout.root)
             paths = find_audio(above, top, Counter())
-            self.everywhere = _Names([path.split("/", 1)[1] for path in paths])
-        path, _ = self.everywhere.find(os.path.normpath(_with_slashes(text)))
+            self.everywhere = Names([path.split("/", 1)[1] for path in paths])
+        path, _ = self.everywhere.find(os.path.normpath(with_slashes(text)))
         return path and self._note("by name in another folder", text, path)
 
     def _names_in(self, folder):
@@ -165,7 +165,7 @@ class _Search:
                 names = os.listdir(folder)
             except OSError:
                 names = []
-            self.listings[folder] = _Names(
+            self.listings[folder] = Names(
                 [name for name in names if suffix(name) in AUDIO_SUFFIXES])
         return self.listings[folder]
 
@@ -175,28 +175,34 @@ class _Search:
         return path
 
 
-class _Names:
+class Names:
     """Paths of audio files, to be found by names that are written in another way."""
 
     def __init__(self, paths):
         self.by_name = defaultdict(list)
         self.by_stem = defaultdict(list)
         for path in sorted(paths, key=os.fsencode):
-            name = _simplify(os.path.basename(path))
+            name = simplify(os.path.basename(path))
             self.by_name[name].append(path)
             self.by_stem[os.path.splitext(name)[0]].append(path)
 
     def find(self, text):
         """(the only path like `text`, how it differs); (None, None) if there is none or several."""
-        name = _simplify(os.path.basename(text))
-        stem = os.path.splitext(name)[0] if suffix(name) in AUDIO_SUFFIXES else name
-        for paths, how in ((self.by_name[name], "by another spelling"),
-                           (self.by_stem[stem], "under another suffix")):
-            if len(paths) > 1:
-                paths = _most_alike(paths, text)
+        for paths, how in self._alike(text):
             if len(paths) == 1:
                 return paths[0], how
         return None, None
+
+    def matches(self, text: str) -> list[str]:
+        """The paths like `text`, those in folders that are the most alike."""
+        return next((paths for paths, _ in self._alike(text) if paths), [])
+
+    def _alike(self, text):
+        name = simplify(os.path.basename(text))
+        stem = os.path.splitext(name)[0] if suffix(name) in AUDIO_SUFFIXES else name
+        for paths, how in ((self.by_name[name], "by another spelling"),
+                           (self.by_stem[stem], "under another suffix")):
+            yield _most_alike(paths, text) if len(paths) > 1 else paths, how
 
 
 def _most_alike(paths, text):
@@ -211,14 +217,15 @@ def _most_alike(paths, text):
 
 
 def _folders(path):
-    return [_simplify(name) for name in path.split("/")[-2::-1]]
+    return [simplify(name) for name in path.split("/")[-2::-1]]
 
 
-def _simplify(name):
+def simplify(name: str) -> str:
+    """A name in the form in which names that a system may confuse are equal."""
     return unicodedata.normalize("NFC", as_text(name)).casefold()
 
 
-def _with_slashes(text):
+def with_slashes(text: str) -> str:
     """A Windows path with / and without its drive."""
     return re.sub(r"^[A-Za-z]:", "", text.replace("\\", "/")) if "\\" in text else text
 

@@ -13,7 +13,7 @@ from util import plural
 from .build import build_manifest
 from .clip_times import is_clock_time, parse_time
 from .columns import choose_columns, group_values
-from .csv_table import as_text, read_table
+from .csv_table import Table, as_text, read_table
 from .folder_words import splits_of
 from .locate import locate_files
 from .manifest import DataError, Manifest
@@ -136,7 +136,7 @@ def _parse_fields(table, columns, notes):
         fields[role] = _parse_times(table, columns.times[role], role)
     for role in ("label", "secondary label"):
         if role in columns.index:
-            fields[role] = _parse_names(table, columns.index[role], fields[role], role, notes)
+            fields[role] = parse_names(table, columns.index[role], fields[role], role, notes)
         else:
             fields[role] = [()] * len(table.rows)
     for row, names in enumerate(fields["label"]):
@@ -191,8 +191,12 @@ def _parse_times(table, column, role):
 
 # ---- labels
 
-def _parse_names(table, column, texts, role, notes):
-    """A tuple of names for each cell; equal cells share one tuple, to save memory."""
+def parse_names(table: Table, column: int, texts: list[str], role: str, notes: list[str]
+                ) -> list[tuple[str, ...]]:
+    """A tuple of names for each cell; equal cells share one tuple, to save memory.
+
+    role: "label" or "secondary label". Raises DataError.
+    """
     header = table.header[column]
     decoded = {text: as_text(text) for text in set(texts)}
     odd = [text for text in decoded.values() if text not in decoded]

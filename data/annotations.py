@@ -1,0 +1,267 @@
+"""Recordings with annotated events: the front door to all forms that people have them in.
+
+A recording is long and holds events with a start and an end. A form is known by the header of its
+tables (annotation_text.form_of) and read by annotation_forms. What is not clear is an error.
+"""
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+
+from util import plural, summarize
+
+from .annotation_forms import FORMS, Reading, count_forms, read_form
+from .annotation_recordings import Recordings, find_tables
+from .annotation_text import form_of, is_table
+from .clip_times import check_times
+from .manifest import DataError
+
+MAX_PROBES = 200  # files below a folder that are looked at to know whether they are annotations
+MAX_PLACES = 20_000  # folders and files below a folder that are listed for that
+# Names of tables that are annotations, whatever is in them.
+NAMES = (".selections.txt", ".selection.table.txt", ".birdnet.results.csv")
+
+
+class Event(NamedTuple):
+    """Something that was heard in a recording, or a stretch that was heard and found empty."""
+    path: str  # of the recording, relative to the root, with /
+    start: float  # seconds
+    end: float  # seconds; the start for a point label, nan for the end of the recording
+    labels: tuple[str, ...]  # one name or several; () if the row says that nothing is there
+    low: float  # Hz, nan if not given
+    high: float  # Hz, nan if not given
+
+
+@dataclass
+class Annotations:
+    """The events of recordings, and which recordings have been annotated at all."""
+    root: Path  # absolute
+    name: str
+    events: list[Event]  # sorted by path, start and end
+    recordings: list[str]  # all that are annotated, also those with an empty table
+    unlisted: list[str]  # in the folder, but in no table; never taken to be empty
+    notes: list[str]  # lines worth printing
+    sources: dict[str, str] = field(default_factory=dict)  # {"label": "column Species"} and so on
+
+
+def explain_annotated() -> str:
+    """The line that asks a person whether what is not annotated is empty or unknown."""
+    return ("events are annotated in these recordings; say whether all of them: --annotated all if "
+            "every event of the classes is, so that the rest of a recording contains none of them "
+            "and teaches what nothing sounds like; --annotated parts if others may be in the rest, "
+            "so that it is not used")
+
+
+def is_annotated(data: str | os.PathLike, asked: bool = False) -> bool:
+    """Whether a folder or a table holds annotations of events, not one clip per row or folder.
+
+    asked: a person has said so (--annotated); then any table with a row per event is, too. Reads
+    only the beginning of files. Raises DataError if one cannot be read.
+    """
+    data = Path(os.path.abspath(data))
+    if os.path.isfile(data):
+        form = form_of(data) if is_table(data.name) else None
+        return form in FORMS and (asked or form != "table")
+    if not os.path.isdir(data):
+        return False
+    forms = _probe_folder(data)
+    if asked:
+        return bool(forms & set(FORMS))
+    return bool(forms - {"table", "empty", None})
+
+
+def _probe_folder(folder):
+    """The forms of the first tables below a folder."""
+    tables, n_places = [], 0
+    for where, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        n_places += len(folders) + len(names)
+        for name in sorted(names):
+            if name.lower().endswith(NAMES):
+                return {"raven"}
+            if is_table(name) and not name.startswith("."):
+                tables.append(Path(where, name))
+        if n_places > MAX_PLACES:
+            break
+    return {form_of(path) for path in tables[:MAX_PROBES]}
+
+
+def load_annotations(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
+                     label_column: str | None = None) -> Annotations:
+    """Read annotated recordings. No audio file is opened.
+
+    data: a folder with recordings and their tables, or one table of one or many recordings.
+    audio_dir: the folder that contains the recordings, at any depth; by default `data` or the
+        table's folder. label_column: the column of labels, if it is not clear or not wanted.
+
+    Raises DataError, in one line, for what cannot be read or may be read in two ways.
+    """
+    data = Path(os.path.abspath(data))
+    is_folder = os.path.isdir(data)
+    reading = Reading(label_column, [], {})
+    if is_folder:
+        forms = _forms_in(data, reading.notes)
+    elif not os.path.isfile(data) or not is_table(data.name):
+        raise DataError(f"--data {data} is no folder and no .csv, .tsv or .txt table; give the "
+                        "recordings' folder or their table")
+    else:
+        form = form_of(data)
+        if form not in FORMS:
+            raise DataError(f"{data} is empty or in no form of annotations that is known; give a "
+                            "table with the columns file,start,end,label")
+        forms = {form: [data]}
+    folder = data if is_folder else data.parent
+    recordings = Recordings(_audio_root(folder, audio_dir, is_folder))
+    reading.notes.append("annotations: " + count_forms(
+        [form for form, paths in forms.items() for _ in paths]))
+
+    result = Annotations(recordings.root, data.name if is_folder else data.stem, [], [], [],
+                         reading.notes, reading.sources)
+    _collect(result, forms, reading, recordings, folder)
+    result.notes += recordings.describe()
+    if "label" in result.sources:
+        result.notes.insert(0, f"labels are from {result.sources['label']}")
+    result.unlisted = sorted(recordings.paths - set(result.recordings))
+    if result.unlisted:
+        result.notes.append(f"{plural(len(result.unlisted), 'recording')} without annotations, not "
+                            f"used: {summarize(result.unlisted, 3)}")
+    return result
+
+
+def _audio_root(folder, audio_dir, is_folder):
+    """The folder to search for recordings."""
+    if audio_dir is not None:
+        if not os.path.isdir(audio_dir):
+            raise DataError(f"--audio-dir {audio_dir}: no such folder; give the one that contains "
+                            "the recordings")
+        return Path(os.path.abspath(audio_dir))
+    beside = folder.parent / "audio"
+    if not is_folder and beside.is_dir() and not Recordings(folder).paths:
+        return beside
+    return folder
+
+
+def _forms_in(folder, notes):
+    """{form: paths of the tables} below a folder. Raises DataError if there are none."""
+    forms = defaultdict(list)
+    try:
+        for name in find_tables(folder):
+            forms[form_of(folder / name)].append(folder / name)
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}; make it readable") from None
+    others = forms.pop(None, [])
+    empty = forms.pop("empty", [])
+    tables = forms.pop("table", [])
+    if empty and "audacity" in forms:  # Audacity saves a label track without labels so
+        forms["audacity"] = sorted(forms["audacity"] + empty)
+    else:
+        others += empty
+    if not forms and len(tables) > 1:
+        raise DataError(f"{folder} has several tables, {summarize(map(str, tables), 3)}; give one "
+                        "of them as --data, and the folder as --audio-dir")
+    if not forms and tables:
+        return {"table": tables}
+    if not forms:
+        raise DataError(f"{folder} has no table of annotations; put tables such as "
+                        "a.Table.1.selections.txt beside the recordings, or give a table as --data")
+    others += tables
+    if others:
+        names = summarize((os.path.relpath(path, folder) for path in sorted(others)), 3)
+        notes.append(f"not read, since in another form: {names}")
+    return dict(forms)
+
+
+def _collect(result, forms, reading, recordings, folder):
+    """Read all tables and fill in the events and the recordings of the result."""
+    events, n_doubled = {}, 0
+    table_of, missing = {}, Counter()
+    annotated = set()
+    for form, paths in forms.items():
+        for rows in read_form(form, paths, reading):
+            found = _find_recordings(rows, recordings, folder, missing)
+            for path in {*found, *_find_listed(rows, recordings, folder, missing)} - {None}:
+                annotated.add(path)
+                other = table_of.setdefault(path, (form, rows.table.path))
+                if other[0] != form:
+                    raise DataError(f"{path} is annotated in {other[1]} and in {rows.table.path}; "
+                                    "move one of them away")
+            if not rows.table.rows:
+                continue
+            low, high = (band or [math.nan] * len(found) for band in (rows.low, rows.high))
+            for row in zip(found, rows.start, rows.end, rows.names, low, high):
+                if row[0] is None:
+                    continue
+                key = tuple(-1.0 if value != value else value for value in row)  # nan
+                n_doubled += key in events
+                events[key] = row
+    _refuse_missing(missing, recordings, len(annotated), result.notes)
+    if n_doubled:
+        result.notes.append(f"left out: {plural(n_doubled, 'repeated row')}")
+    result.events = [Event(*events[key]) for key in sorted(events)]
+    result.recordings = sorted(annotated)
+
+
+def _find_recordings(rows, recordings, folder, missing):
+    """The path of each row's recording, None for a missing one; of an empty table its own."""
+    table = rows.table
+    beside = os.path.relpath(table.path.parent, recordings.root)
+    own = None
+    if rows.recording is None or len(set(rows.recording)) == 1 or not table.rows:
+        relative = os.path.relpath(table.path, folder)
+        if not os.path.relpath(table.path, recordings.root).startswith(".."):
+            relative = os.path.relpath(table.path, recordings.root)
+        own = recordings.of_table(relative)
+    if rows.recording is None or not table.rows:
+        if own is None and (rows.recording is None or table.rows):
+            missing[f"{table.path} (named after no recording)"] += max(1, len(table.rows))
+        return [own] * max(1, len(table.rows))
+    paths = {text: recordings.find(text, beside) for text in dict.fromkeys(rows.recording)}
+    if len(paths) == 1 and list(paths.values()) == [None] and own is not None:
+        paths = dict.fromkeys(paths, own)  # the recording was renamed, its table too
+        recordings.changed[next(iter(paths))] = own
+    for text, path in paths.items():
+        if path is None:
+            missing[f"{text} of {table.path.name}"] += 1
+    return [paths[text] for text in rows.recording]
+
+
+def _find_listed(rows, recordings, folder, missing):
+    beside = os.path.relpath(rows.table.path.parent, recordings.root)
+    paths = {text: recordings.find(text, beside) for text in rows.listed}
+    missing.update(f"{text} of {rows.table.path.name}" for text, path in paths.items()
+                   if path is None)
+    return paths.values()
+
+
+def _refuse_missing(missing, recordings, n_found, notes):
+    """Raise DataError if half of the recordings are missing, else note the missing ones."""
+    if not missing and n_found:
+        return
+    names = summarize(missing, 3)
+    if len(missing) >= n_found:
+        raise DataError(f"no recording in {recordings.root} for {names} ({n_found} others are "
+                        "there); give --audio-dir, a folder that contains the recordings at any "
+                        "depth, or fix the names")
+    notes.append(f"missing: {plural(len(missing), 'recording')}, {names}")
+
+
+def check_event_times(annotations: Annotations, file_seconds: Mapping[str, float],
+                      rate: Mapping[str, float], max_bad_share: float = 0.0) -> None:
+    """Raise DataError if events end far beyond their recordings: they are in another unit.
+
+    file_seconds, rate: {path: length in seconds, 0 if it cannot be read; sampling rate in Hz}.
+    """
+    events = [event for event in annotations.events if event.end == event.end]
+    if events:
+        check_times(
+            SimpleNamespace(root=annotations.root, paths=[event.path for event in events],
+                            start=np.array([event.start for event in events]),
+                            end=np.array([event.end for event in events])),
+            np.array([file_seconds.get(event.path, 0.0) for event in events]),
+            np.array([rate.get(event.path, 1.0) for event in events]), max_bad_share)
