@@ -11,7 +11,7 @@ import numpy as np
 
 from util import plural
 
-from .annotations import Annotations
+from .annotations import Annotations, Event
 from .build import build_manifest
 from .event_windows import windows_of
 from .grouping import indices_by_value
@@ -36,21 +36,21 @@ POINT = 1e-3  # seconds that an event without a length gets
 def manifest_of_events(annotations: Annotations, annotated: str,
                        known_classes: Collection[str] = (), real_classes: Collection[str] = ()
                        ) -> Manifest:
-    """A row for each event; if all is annotated, also one for each recording without any.
+    """A row for each event, and for each stretch in which nothing was found.
 
-    annotated: a key of `MODES`. See `build_manifest` for known_classes and real_classes.
+    annotated: a key of `MODES`; with "all", a recording without any event is such a stretch. See
+    `build_manifest` for known_classes and real_classes.
     """
-    with_events = {event.path for event in annotations.events if event.labels}
-    empty = [path for path in annotations.recordings if path not in with_events]
-    if annotated == "parts":
-        empty = []
-    events = [event for event in annotations.events if event.labels]
-    start = np.array([event.start for event in events] + [0.0] * len(empty))
-    end = np.array([max(event.end, event.start + POINT) for event in events]
-                   + [np.nan] * len(empty))
-    label_names = [(event.labels, ()) for event in events] + [((), ())] * len(empty)
+    events = list(annotations.events)
+    if annotated == "all":
+        known = {event.path for event in events}
+        events += [Event(path, 0.0, np.nan, (), np.nan, np.nan)
+                   for path in annotations.recordings if path not in known]
+    start = np.array([event.start for event in events])
+    end = np.array([max(event.end, event.start + POINT) for event in events])  # nan stays
+    label_names = [(event.labels, ()) for event in events]
     manifest = build_manifest(
-        annotations.name, annotations.root, [event.path for event in events] + empty,
+        annotations.name, annotations.root, [event.path for event in events],
         [names[0] if names else "" for names, _ in label_names], list(annotations.notes),
         start=start.astype(np.float32), end=end.astype(np.float32), label_names=label_names,
         known_classes=known_classes, real_classes=real_classes)
@@ -75,14 +75,17 @@ def cut_events(manifest: Manifest, file_seconds: np.ndarray, seconds: float,
     rows, starts, ends, label_sets = [], [], [], []
     for own in indices_by_value(path_code):
         events, classes = manifest.positives(own)
+        length = float(file_seconds[own[0]])
+        start, end = manifest.start[own], np.nan_to_num(manifest.end[own], nan=length)
         window_start, window_end, present, partial = windows_of(
-            manifest.start[own][events], manifest.end[own][events], classes,
-            float(file_seconds[own[0]]), seconds, seconds, len(manifest.classes),
+            start[events], end[events], classes, length, seconds, seconds, len(manifest.classes),
             rules.min_overlap, rules.min_fraction)
+        is_empty = ~manifest.has_label[own]
+        is_known = _are_within(window_start, window_end, start[is_empty], end[is_empty])
         for i in range(len(window_start)):
             label_set = LabelSet(tuple(np.flatnonzero(present[i]).tolist()),
                                  tuple(np.flatnonzero(partial[i]).tolist()))
-            if rules.annotated == "parts" and len(events) and not label_set.present:
+            if rules.annotated == "parts" and not label_set.present and not is_known[i]:
                 continue
             rows.append(own[0])
             starts.append(window_start[i])
@@ -96,6 +99,21 @@ def cut_events(manifest: Manifest, file_seconds: np.ndarray, seconds: float,
         duration=(ends - starts).astype(np.float32)).with_label_sets(label_sets)
     windows.notes.append(_describe(windows, seconds, rules))
     return windows, rows
+
+
+def _are_within(window_start, window_end, start, end):
+    """(w,) bool: which windows lie within stretches (s,), which may touch or overlap."""
+    order = np.argsort(start)
+    joined = []
+    for begin, finish in zip(start[order].tolist(), end[order].tolist()):
+        if joined and begin <= joined[-1][1] + POINT:
+            joined[-1][1] = max(joined[-1][1], finish)
+        else:
+            joined.append([begin, finish])
+    within = np.zeros(len(window_start), bool)
+    for begin, finish in joined:
+        within |= (window_start >= begin - POINT) & (window_end <= finish + POINT)
+    return within
 
 
 def _describe(windows, seconds, rules):
