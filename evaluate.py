@@ -24,8 +24,10 @@ from core.scoring import (
     evaluate,
     find_checkpoint,
     has_sigmoids,
+    is_multi_label,
     restore,
 )
+from core.scoring.annotated_data import TrueEvents, annotated_windows
 from core.scoring.given_data import (
     READINGS,
     choose_reading,
@@ -34,6 +36,7 @@ from core.scoring.given_data import (
     own_data,
 )
 from core.scoring.report_page import write_report
+from data.annotated import MODES, AnnotationRules
 from data.cache import WaveCache
 from data.clips import Clips, evaluation_batches
 from data.files import find_outage
@@ -42,10 +45,13 @@ from data.manifest import SPLITS, DataError, Manifest
 from data.named import credit, find_data
 from data.negatives import add_negatives, cut_into_windows, load_negatives
 from data.prepare import cache_folder
+from data.recorder_names import parse_recorder_name
 from data.scan import scan
 from losses import SIGMOID_LOSSES, build_loss
+from metrics import predicted_classes
+from report.event_results import event_lines, write_event_results
 from report.results import result_lines, write_results
-from util import plural, summarize
+from util import plural, summarize, write_json
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,6 +66,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "for train.py. Needed for a checkpoint outside the folder of its run")
     add("--negatives", help="recordings that contain none of the classes, a folder or a CSV, to "
         "count false alarms on, beside the clips of --split or --data")
+    add("--annotations", help="annotated recordings to test on, by window and by event: a folder "
+        "or a table, as for train.py --annotated")
+    add("--annotated", choices=list(MODES), help="what --annotations leave out: all = none of the "
+        "classes; parts = unknown (default: as in training)")
+    add("--label-column", help="column of the annotations that has the classes, if it is not clear")
     add("--audio-dir", help="folder that the paths of a CSV given with --data are relative to")
     add("--data-is", choices=READINGS, help="how to read --data: same = the run's own data, with "
         "its split; other = score every clip (default: decided by what is in the files)")
@@ -74,6 +85,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--batch-size {args.batch_size}: must be at least 1")
     if args.workers < 0:
         parser.error(f"--workers {args.workers}: must be at least 0")
+    if args.annotations and args.data:
+        parser.error("--annotations: excludes --data; give one of them")
+    if (args.annotated or args.label_column) and not args.annotations:
+        parser.error("--annotated and --label-column: only with --annotations")
     return args
 
 
@@ -91,8 +106,13 @@ def main(argv: list[str] | None = None) -> int:
     info = own_run_info(checkpoint)
     cache_root = cache_folder(info and info["flags"].get("cache_dir"))
     data = args.data and find_data(args.data, cache_root)
-    manifest, rows, split, notes = evaluation_data(checkpoint, data, args.audio_dir, args.split,
-                                                   args.data_is)
+    true_events = None
+    if args.annotations:
+        manifest, true_events, notes = annotated_data(checkpoint, args)
+        rows, split = np.arange(len(manifest)), "all"
+    else:
+        manifest, rows, split, notes = evaluation_data(checkpoint, data, args.audio_dir,
+                                                       args.split, args.data_is)
     if args.negatives:
         manifest, rows, more = with_negatives(checkpoint, manifest, rows, args.negatives)
         notes += more
@@ -119,6 +139,8 @@ def main(argv: list[str] | None = None) -> int:
     calibration = calibration_of(checkpoint)
     metrics = write_results(folder, result, manifest, checkpoint["classes"], split, calibration)
     print("\n".join(result_lines(metrics)))
+    if true_events is not None:
+        print("\n".join(event_results(folder, metrics, result, manifest, true_events, checkpoint)))
     print(f"written: {folder}", flush=True)
     report_folder = folder if args.out or split != "test" else path.parent
     print(write_report(report_folder / "report.html", path, calibration,
@@ -132,7 +154,9 @@ def same_command(args, path):
     words = ["python", "evaluate.py", "--ckpt", str(path)]
     if args.split != "test":
         words.append(f"--split={args.split}")
-    for flag, value in (("data", args.data), ("negatives", args.negatives),
+    for flag, value in (("data", args.data), ("annotations", args.annotations),
+                        ("annotated", args.annotated), ("label-column", args.label_column),
+                        ("negatives", args.negatives),
                         ("audio-dir", args.audio_dir), ("data-is", args.data_is),
                         ("out", args.out)):
         if value is not None:
@@ -198,6 +222,31 @@ def evaluation_data(checkpoint: Checkpoint, data: str | None, audio_dir: str | N
         raise DataError(f"{manifest.file(rows[0])}: the run's recordings are not there any more; "
                         "give their folder with --data")
     return manifest, rows, split, notes
+
+
+def annotated_data(checkpoint: Checkpoint, args) -> tuple[Manifest, TrueEvents, list[str]]:
+    """The windows of --annotations, the annotated events, and notes."""
+    with as_checkpoint_error(checkpoint.path):
+        run, flags = Manifest.from_dict(checkpoint["manifest"]), checkpoint["flags"]
+        defaults = AnnotationRules()
+        rules = AnnotationRules(
+            args.annotated or flags.get("annotated"), args.label_column,
+            flags.get("min_overlap", defaults.min_overlap),
+            flags.get("min_event_share", defaults.min_fraction))
+        return annotated_windows(run, args.annotations, args.audio_dir, rules, flags["seconds"])
+
+
+def event_results(folder, metrics, result, windows, true_events, checkpoint) -> list[str]:
+    """Write the results by event and add them to metrics.json -> lines to print."""
+    calibration = calibration_of(checkpoint)
+    active = predicted_classes(result.scores, calibration)
+    if not is_multi_label(checkpoint):  # one answer per window, as predict.py gives it
+        active &= result.scores.argmax(axis=1)[:, None] == np.arange(result.scores.shape[1])
+    names = [parse_recorder_name(path) for path in sorted(set(windows.paths))]
+    places = [(name.site, name.start.date().isoformat() if name.start else "") for name in names]
+    metrics["events"] = write_event_results(folder, result, windows, active, true_events, places)
+    write_json(folder / "metrics.json", metrics)
+    return event_lines(metrics["events"])
 
 
 def cut_like_run(given: Manifest, checkpoint: Checkpoint) -> Manifest:

@@ -152,6 +152,9 @@ def evaluate_scores(
     table = metrics_for(outcome.multi_label)
     values = {name: [] for name in table}
     for weights in resample_counts(outcome.n, n_boot, seed, groups):
+        has_clips = outcome.has_label @ weights > 0
+        if not has_clips.all():  # a resample of clips without a label says nothing
+            weights = weights[:, has_clips]
         counts = WeightedCounts(outcome, weights)
         for name, metric in table.items():
             values[name].append(metric.function(counts))
@@ -160,7 +163,7 @@ def evaluate_scores(
     if n_labelled < outcome.n:
         result["unlabelled"] = outcome.n - n_labelled
     for name in table:
-        interval = np.nanpercentile(np.concatenate(values[name]), (2.5, 97.5))
+        interval = np.percentile(np.concatenate(values[name]), (2.5, 97.5))
         result[f"{name}_ci95"] = interval.tolist()
     if groups is not None:
         result["groups"] = len(np.unique(groups))
