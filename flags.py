@@ -8,6 +8,7 @@ from core.device.distributed import launched_as
 from core.exits import parse_args
 from core.run import CheckpointError, RunError
 from core.run.checkpoint import Checkpoint, SaveTimer
+from data.audio import SHORT
 from data.cache import CACHES
 from data.named import SOURCES
 from data.sampling import SAMPLERS
@@ -158,7 +159,8 @@ def _add_data_flags(add):
     add("--scan", "auto", ["auto", "full", "headers"], "decode every file once before training, or "
         "read headers only (auto: full up to 5,000 files)")
     add("--seconds", 4.0, number(0.1, 3600), "length of a training crop and an evaluation tile")
-    add("--short", "repeat", ["repeat", "pad"], "how to fill up clips that are shorter")
+    add("--short", "repeat", SHORT, "how to fill up clips that are shorter: repeat them, pad them "
+        "with silence at the end, or place them at random in silence")
     add("--crop", "random", ["random", "active", "start"], "how training crops of longer clips are "
         "placed (active: biased towards loud segments)")
 
