@@ -34,7 +34,7 @@ RATE, SECONDS, WINDOW, HOP = 22050, 30, 2.0, 0.5  # Hz and seconds
 GAP = 5.0  # seconds between the starts of two events, so that windows without an event are left
 BACKGROUNDS = {"silence": None, "noise": 30.0, "rain": 10.0, "sea_waves": 10.0}  # dB below events
 TRAINING_BACKGROUNDS = ("crackling_fire", "helicopter")
-NOISE = ["--noise-p", 0.5, "--noise-snr", 0, 30]
+NOISE = ["--noise-p", 0.5, "--noise-snr", "0,30"]
 ARMS = {
     "repeat": ["--short", "repeat"],
     "pad": ["--short", "pad"],
