@@ -160,8 +160,8 @@ def _add_data_flags(add):
         "read headers only (auto: full up to 5,000 files)")
     add("--seconds", 4.0, number(0.1, 3600), "length of a training crop and an evaluation tile")
     add("--short", "repeat", SHORT, "for shorter clips: repeat, pad with silence, or place at random "
-        "in silence. In a study, place found more events in quiet recordings; repeat did better on "
-        "clips and in rain or waves, see docs/training.md")
+        "in silence. In a study, place did better on quiet recordings, repeat on clips and in rain "
+        "or waves: python experiments/short.py, see docs/training.md")
     add("--crop", "random", ["random", "active", "start"], "how training crops of longer clips are "
         "placed (active: biased towards loud segments)")
 
