@@ -159,9 +159,9 @@ def _add_data_flags(add):
     add("--scan", "auto", ["auto", "full", "headers"], "decode every file once before training, or "
         "read headers only (auto: full up to 5,000 files)")
     add("--seconds", 4.0, number(0.1, 3600), "length of a training crop and an evaluation tile")
-    add("--short", "repeat", SHORT, "for shorter clips: repeat, pad with silence, or place at random "
-        "in silence. In a study, place did better on quiet recordings, repeat on clips and in rain "
-        "or waves: python experiments/short.py, see docs/training.md")
+    add("--short", "repeat", SHORT, "for shorter clips: repeat, pad with silence, or place in "
+        "silence at random. In a study, place did better on quiet recordings, repeat on clips and "
+        "in rain or waves: python experiments/short.py, see docs/training.md")
     add("--crop", "random", ["random", "active", "start"], "how training crops of longer clips are "
         "placed (active: biased towards loud segments)")
 
