@@ -9,6 +9,7 @@ from core.exits import parse_args
 from core.run import CheckpointError, RunError
 from core.run.checkpoint import Checkpoint, SaveTimer
 from data.annotated import MODES
+from data.audio import SHORT
 from data.cache import CACHES
 from data.manifest import DataError
 from data.named import SOURCES
@@ -179,8 +180,9 @@ def _add_data_flags(add):
         "damage further in only during training (auto: full for up to 5,000 clips)")
     add("--seconds", 4.0, number(0.1, 3600), "length of the window that the model gets: "
         "training takes one per epoch of a longer clip, evaluation as many as cover it")
-    add("--short", "repeat", ["repeat", "pad"], "clips shorter than --seconds: repeat them "
-        "until they fill the window, or pad them with silence")
+    add("--short", "repeat", SHORT, "clips shorter than --seconds: repeat them until they fill the "
+        "window, pad them with silence, or place them in silence at random. In a study, place did "
+        "better on quiet recordings, repeat on clips and in rain or waves: docs/training.md")
     add("--crop", "random", ["random", "active", "start"], "part of a longer clip that is used "
         "in an epoch: random; active: random, but loud parts more often; start: always its first")
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import soxr
+from numpy.typing import ArrayLike
 
 from .audio_file import (
     BLOCK,
@@ -221,16 +222,29 @@ def _decode_range(file, first, last, required):
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
 
-def fit(wave: np.ndarray, length: int, short: str) -> np.ndarray:
+SHORT = ("repeat", "pad", "place")  # what `fit` can do with a wave that is too short
+
+
+def fit(wave: np.ndarray, length: int, short: str, position: float = 0.5) -> np.ndarray:
     """Make a wave (samples,) exactly `length` samples long.
 
-    A longer wave is cut. A shorter wave is repeated (short="repeat") or padded with zeros ("pad").
+    A longer wave is cut. A shorter wave is repeated (short="repeat"), padded with zeros at its end
+    ("pad"), or placed among zeros ("place"). position: where, see `place_offset`.
     """
     if len(wave) >= length:
         return wave[:length]
     if short == "repeat":
         return np.resize(wave, length)
-    return np.pad(wave, (0, length - len(wave)))
+    before = int(place_offset(len(wave), length, position)) if short == "place" else 0
+    return np.pad(wave, (before, length - len(wave) - before))
+
+
+def place_offset(n_samples: ArrayLike, length: int, position: ArrayLike) -> np.ndarray:
+    """Zeros before n_samples placed in `length` samples: int64 in [0, length - n_samples].
+
+    position: in [0, 1). All offsets are equally likely if it is uniform; 0.5 is the middle.
+    """
+    return (np.asarray(position) * (length - np.asarray(n_samples) + 1)).astype(np.int64)
 
 
 def tile_starts(total: int, length: int, hop: int | None = None) -> list[int]:

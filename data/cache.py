@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from util import foreign_owner, is_own
 
-from .audio import AudioError, clip_range, fit, read
+from .audio import AudioError, clip_range, fit, place_offset, read
 
 MAX_SECONDS = 30 * 60  # longer clips are not cached: only the needed part is decoded, each time
 DISK_RESERVE = 2 << 30  # bytes that stay free on the disk, for checkpoints
@@ -243,34 +243,41 @@ class InMemoryClips:
                 self._samples[place] = torch.from_numpy(samples.copy())
 
     def cut(
-        self, rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray, samples: int, short: str
+        self, rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray, samples: int, short: str,
+        positions: np.ndarray,
     ) -> torch.Tensor:
         """Cut one part from each row. Returns (B, samples) float32 on the device.
 
-        rows, starts, lengths: (B,); a part ends with its row at the latest. A part shorter than
-        `samples` is repeated or padded as `short` says, see audio.fit.
+        rows, starts, lengths: (B,); a part ends with its row at the latest. short, positions (B,):
+        what happens to a part shorter than `samples`, see audio.fit.
         """
         lengths = np.minimum(lengths, self._length[rows] - starts)
         first, scale = self._first[rows] + starts, self._scale[rows]
         if self._samples.device.type != "cpu":
-            return _gather(self._samples, first, lengths, scale, samples, short)
+            return _gather(
+                self._samples, first, lengths, scale, samples, short, positions
+            )
         waves = np.empty((len(rows), samples), np.float32)
         for i in range(len(rows)):
             part = self._samples[first[i]:first[i] + lengths[i]].numpy()
-            waves[i] = fit(part * scale[i], samples, short)
+            waves[i] = fit(part * scale[i], samples, short, positions[i])
         return torch.from_numpy(waves)
 
 
-def _gather(flat, first, lengths, scale, samples, short):
+def _gather(flat, first, lengths, scale, samples, short, positions):
     """`InMemoryClips.cut` as a few operations over all rows, which suits a GPU."""
     def column(values):  # (B,) -> (B, 1) on the device
         return torch.from_numpy(values).to(flat.device, non_blocking=True)[:, None]
 
+    before = place_offset(np.minimum(lengths, samples), samples, positions)
     first, lengths, scale = column(first), column(lengths), column(scale)
     place = torch.arange(samples, device=flat.device)[None, :]
     if short == "repeat":
         return flat[first + place % lengths] * scale
-    return flat[first + place.minimum(lengths - 1)] * scale * (place < lengths)
+    if short == "place":
+        place = place - column(before)
+    inside = (place >= 0) & (place < lengths)
+    return flat[first + place.clamp(min=0).minimum(lengths - 1)] * scale * inside
 
 
 def choose_cache(

@@ -198,7 +198,8 @@ def test_clips_in_memory_take_their_size_once():
     with PeakOfInt16() as sizes:
         clips = InMemoryClips(lengths, lambda row: (np.full(1000, row, np.int16), 1.0), CPU)
     assert 20_000 <= sizes.peak <= 22_000
-    waves = clips.cut(np.array([3, 19]), np.zeros(2, int), np.full(2, 1000), 1000, "pad")
+    waves = clips.cut(np.array([3, 19]), np.zeros(2, int), np.full(2, 1000), 1000, "pad",
+                      np.zeros(2, int))
     assert torch.equal(waves, torch.tensor([3.0, 19.0])[:, None].expand(2, 1000))
 
 
@@ -206,7 +207,8 @@ def test_clips_that_decode_to_fewer_or_more_samples_stay_apart():
     def fetch(row):
         return np.full((8, 12, 10)[row], row + 1, np.int16), 1.0
     clips = InMemoryClips(np.array([10, 10, 10]), fetch, CPU)
-    waves = clips.cut(np.arange(3), np.zeros(3, int), np.full(3, 10), 10, "pad")
+    waves = clips.cut(np.arange(3), np.zeros(3, int), np.full(3, 10), 10, "pad",
+                      np.zeros(3, int))
     assert waves.sum(dim=1).tolist() == [8, 20, 30]
 
 

@@ -222,7 +222,7 @@ def test_annotations_for_a_checkpoint_of_clips_need_a_word_on_the_rest(run, anno
 
 
 def test_checkpoint_of_clips_is_tested_on_annotated_recordings(run, annotated, tmp_path):
-    folder, events = annotated
+    folder, _ = annotated
     assert exit_code(evaluate.main, "--ckpt", run / "best.pt", "--annotations", folder,
                      "--annotated", "all", "--out", tmp_path / "out") == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
