@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+import flag_checks
 import flags
 from core.device.compiled import compile_for
 from core.device.memory import fits, largest_batch, single_clip_does_not_fit
@@ -52,15 +53,16 @@ def load_data(args, checkpoint, distributed) -> tuple[Manifest, list[tuple[str, 
             negatives=args.negatives, real_classes=real_classes(args),
             annotations=AnnotationRules(args.annotated, args.label_column, args.min_overlap,
                                         args.min_event_share)))
-        flags.choose_loss(args, manifest.needs_sigmoids)
+        flag_checks.choose_loss(args, manifest.needs_sigmoids)
     else:
         with as_checkpoint_error(checkpoint.path):
             manifest = Manifest.from_dict(checkpoint["manifest"])
             bad_files = [(path, reason) for path, reason in checkpoint["bad_files"]]
             if manifest.multi_label and args.loss not in SIGMOID_LOSSES:
                 raise ValueError("its clips have several labels, which its loss cannot learn")
-            started = tuple(checkpoint["flags"].get(name) for name in ("data", "audio_dir"))
-        if (args.data, args.audio_dir) != started or not manifest.root.is_dir():
+            places = ("data", "audio_dir", "negatives")
+            started = [checkpoint["flags"].get(name) for name in places]
+        if [getattr(args, name) for name in places] != started or not manifest.root.is_dir():
             manifest.root = distributed.on_first_rank(
                 lambda: moved_root(args, manifest, checkpoint))
     for line in credit(manifest.root):
@@ -126,8 +128,8 @@ def build_model(args, manifest, checkpoint, device, distributed):
         model, frontend = restore(checkpoint, device, averaged=False)
         weights = checkpoint["weights"]
     else:
-        model = AST(flags.model_config(args, len(manifest.classes)))
-        frontend = build_frontend(flags.frontend_config(args)).to(device)
+        model = AST(flag_checks.model_config(args, len(manifest.classes)))
+        frontend = build_frontend(flag_checks.frontend_config(args)).to(device)
         weights = f"none (random, seed {args.seed})"
         if args.weights != "none":
             report, leaks = distributed.on_first_rank(
@@ -233,7 +235,7 @@ def loading(args, device) -> dict:
     default = min(8, torch.get_num_threads()) if is_cuda else 0
     workers = default if args.workers < 0 else args.workers
     if workers:
-        n_samples = round(args.seconds * flags.frontend_config(args).sample_rate)
+        n_samples = round(args.seconds * flag_checks.frontend_config(args).sample_rate)
         clip_bytes = 4 * n_samples * (2 if args.noise_p else 1)
         n_micro_batches = math.ceil(args.effective_batch / args.batch_size)
         training = workers_that_fit(workers, args.batch_size * clip_bytes, n_micro_batches)

@@ -13,13 +13,13 @@ import train
 # the same layer only build may import flags.
 LAYERS = [
     ["train", "evaluate", "predict", "export"],
-    ["flags", "build"],
+    ["flags", "flag_checks", "build"],
     ["core"],
     ["report"],
     ["model", "data", "losses", "sched", "metrics"],
     ["util"],
 ]
-ALSO_ALLOWED = {("build", "flags")}
+ALSO_ALLOWED = {("build", "flags"), ("build", "flag_checks"), ("flags", "flag_checks")}
 # report reads tables and arrays that others computed: of the leaves it may use only metrics.
 NOT_ALLOWED = {("report", name) for name in ("model", "data", "losses", "sched")}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

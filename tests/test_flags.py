@@ -82,7 +82,7 @@ OUT_OF_RANGE = {
 CHOICES = [
     "--size", "--recipe", "--scan", "--short", "--crop", "--schedule", "--monitor", "--loss",
     "--sampler", "--frontend", "--on-divergence", "--amp", "--cache", "--compile", "--folds",
-    "--truncated",
+    "--truncated", "--annotated",
 ]
 
 
@@ -238,7 +238,7 @@ def another_value(flag, started):
                 if flag in action.option_strings]
     if action.nargs == 0:
         return [flag]
-    for value in [*(action.choices or []), "5,20", "0.5", "9", "elsewhere"]:
+    for value in [*(action.choices or []), "5,20", "0.5", "0.25", "9", "elsewhere"]:
         try:
             parsed = action.type(value) if action.type else value
         except (argparse.ArgumentTypeError, ValueError):

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 
+import flag_checks
 import flags
 from data.clips import Clips, CropKey, TrainLoader
 from data.load import load_manifest
@@ -279,17 +280,17 @@ def test_a_negative_is_neither_correct_nor_counted():
 def test_the_loss_follows_the_data_unless_it_is_given(recordings):
     args, _ = flags.parse(["--data", "x"])
     assert args.loss is None
-    flags.choose_loss(args, needs_sigmoids=prepared(recordings).needs_sigmoids)
+    flag_checks.choose_loss(args, needs_sigmoids=prepared(recordings).needs_sigmoids)
     assert args.loss == "focal-bce"
     args, _ = flags.parse(["--data", "x"])
-    flags.choose_loss(args, needs_sigmoids=False)
+    flag_checks.choose_loss(args, needs_sigmoids=False)
     assert args.loss == "focal"
     args, _ = flags.parse(["--data", "x", "--loss", "ce"])
-    flags.choose_loss(args, needs_sigmoids=True)
+    flag_checks.choose_loss(args, needs_sigmoids=True)
     assert args.loss == "ce"
 
 
 def test_flags_of_a_softmax_loss_beside_negatives_are_refused():
     args, _ = flags.parse(["--data", "x", "--logit-adjust", "1"])
     with pytest.raises(DataError, match="--logit-adjust"):
-        flags.choose_loss(args, needs_sigmoids=True)
+        flag_checks.choose_loss(args, needs_sigmoids=True)
