@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from util import plural, summarize
 
 from .annotation_text import LABEL_NAMES, PATH_NAMES
-from .clip_times import is_clock_time
+from .clip_times import is_clock_time, kind_of
 from .columns import COLUMNS
 from .csv_table import Table, as_text, column_name
 from .manifest import DataError
@@ -86,7 +86,7 @@ def _values_by_column(tables):
     values = {}
     for table in tables:
         for i, (header, name) in enumerate(zip(table.header, table.names)):
-            if name in NO_LABELS or name in PATH_NAMES or UNIT.search(header):
+            if name in NO_LABELS | PATH_NAMES or UNIT.search(header) or kind_of(name)[0]:
                 continue
             own = {row[i].strip() for row in table.rows} - {""}
             if own:

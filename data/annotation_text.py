@@ -3,14 +3,16 @@ import os
 import re
 from pathlib import Path
 
-from .clip_times import END, START
+from .clip_times import kind_of
 from .columns import COLUMNS, KNOWN_NAMES
 from .csv_table import Table, column_name, read_rows, skip_preamble
 from .manifest import DataError
 
 HEAD = 1 << 14  # bytes that tell the form of a table
-PATH_NAMES = {*COLUMNS["path"].split(), "recording", "recording_filename", "source_file",
-              "notated_path"} - {"itemid"}
+# Other names of the path in tables of events, the likeliest first.
+EVENT_PATHS = ("begin_path", "begin_file", "recording_filename", "recording", "sound_files",
+               "source_file", "notated_path", "in_file")
+PATH_NAMES = {*COLUMNS["path"].split(), *EVENT_PATHS}
 LABEL_NAMES = {*COLUMNS["label"].split(), "name", "syllable"}
 LOW = {"low_freq", "low_frequency", "low_f", "freq_low", "f_low", "min_freq", "min_frequency",
        "freq_min", "fmin", "f_min", "low", "minimum_frequency", "lower_frequency", "frequency_low",
@@ -20,7 +22,8 @@ HIGH = {"high_freq", "high_frequency", "high_f", "freq_high", "f_high", "max_fre
         "upper_frequency", "frequency_high", "frequency_max"}
 # Columns beside those of a one-hot table's classes.
 NO_CLASSES = {"", "id", "index", "row", "unnamed", "unnamed_0", "selection", "view", "channel",
-              "datasetid", "confidence", "score", "duration", "annotator", "notes"}
+              "datasetid", "confidence", "score", "duration", "annotator", "notes", "train", "val",
+              "test", "is_train", "is_val", "is_test", "verified", "reviewed", "checked", "valid"}
 TRUTH = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 NUMBER = re.compile(r"-?\d+([.,]\d*)?([eE][-+]?\d+)?")
 
@@ -81,7 +84,7 @@ def form_of(path: Path) -> str | None:
         return "empty"
     if os.path.getsize(path) > HEAD:
         text = text[:text.rfind("\n") + 1]  # the last line may be cut
-    if _is_label_track(text):
+    if path.name.lower().endswith(".txt") and _is_label_track(text):
         return "audacity"
     text, _, separator = skip_preamble(text)
     fields = [[field.strip(' "') for field in line.split(separator)]
@@ -115,13 +118,13 @@ def _form_of_names(names, rows, file_name):
         return "one-hot"
     if has_times and not has_path and known & LABEL_NAMES:
         return "simple-seq"
-    return "table" if has_path or "itemid" in names else None
+    return "table" if has_path else None
 
 
 def _has_times(names):
-    bare = [re.sub(r"_(in_)?(s|sec|secs|seconds|ms)$", "", name) for name in names]
-    bare = {*bare, *names}
-    return bool(bare & START) and bool(bare & (END | {"offset", "duration"}))
+    kinds = {kind_of(name)[0] for name in names}
+    return ("start" in kinds and bool(kinds & {"end", "offset", "duration"})) or (
+        {"offset", "duration"} <= kinds)
 
 
 def class_columns(names: list[str], rows: list[list[str]]) -> list[int]:
@@ -132,15 +135,23 @@ def class_columns(names: list[str], rows: list[list[str]]) -> list[int]:
     known = {name for role in ("path", "split", "fold", "group", "folder")
              for name in COLUMNS[role].split()} | PATH_NAMES | NO_CLASSES | LOW | HIGH
     return [i for i, name in enumerate(names)
-            if name not in known and rows
+            if name not in known and kind_of(name)[0] is None and rows
             and all(i < len(row) and row[i].strip().lower() in TRUTH for row in rows)]
 
 
 def _is_label_track(text):
-    """Whether a text is a label track of Audacity: numbers, tabs and no header."""
-    lines = [line for line in split_lines(text) if line.strip()]
-    first = lines[0].split("\t")
-    return len(first) in (2, 3) and all(NUMBER.fullmatch(field.strip()) for field in first[:2])
+    """Whether a text is a label track of Audacity: no header, and start, end, label in each line.
+
+    Three columns of numbers can be anything; whole numbers in the last one can be labels.
+    """
+    lines = [line.split("\t") for line in split_lines(text) if line.strip()]
+    events = [fields for fields in lines[:200] if fields[0] != "\\"]
+    if lines[0][0] == "\\" or not all(
+            len(fields) in (2, 3) and all(NUMBER.fullmatch(field.strip()) for field in fields[:2])
+            for fields in events[:3]):
+        return False
+    labels = [fields[2].strip() for fields in events if len(fields) == 3]
+    return any(labels) and not any(re.fullmatch(r"-?\d*[.,]\d+", label) for label in labels)
 
 
 def frequency_columns(table: Table) -> tuple[tuple[int, float] | None, ...]:

@@ -16,10 +16,14 @@ import numpy as np
 
 from util import plural, summarize
 
-from .annotation_forms import FORMS, Reading, count_forms, read_form
-from .annotation_recordings import Recordings, find_tables
+from .annotation_forms import FORMS, count_forms, read_form
+from .annotation_recordings import Recordings, find_tables, stems_of
+from .annotation_rows import Reading
 from .annotation_text import form_of, is_table
+from .audio import AUDIO_SUFFIXES
 from .clip_times import check_times
+from .files import suffix
+from .locate import simplify
 from .manifest import DataError
 
 MAX_PROBES = 200  # files below a folder that are looked at to know whether they are annotations
@@ -78,7 +82,7 @@ def is_annotated(data: str | os.PathLike, asked: bool = False) -> bool:
 
 def _probe_folder(folder):
     """The forms of the first tables below a folder."""
-    tables, n_places = [], 0
+    tables, stems, n_places = [], set(), 0
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         n_places += len(folders) + len(names)
@@ -87,9 +91,24 @@ def _probe_folder(folder):
                 return {"raven"}
             if is_table(name) and not name.startswith("."):
                 tables.append(Path(where, name))
+            elif suffix(name) in AUDIO_SUFFIXES:
+                stems.update((simplify(name), simplify(os.path.splitext(name)[0])))
         if n_places > MAX_PLACES:
             break
-    return {form_of(path) for path in tables[:MAX_PROBES]}
+    forms = set()
+    for path in tables[:MAX_PROBES]:
+        form = _form_or_none(path)
+        if form in ("audacity", "simple-seq") and stems.isdisjoint(stems_of(path.name)):
+            form = "table"  # it may be about anything
+        forms.add(form)
+    return forms
+
+
+def _form_or_none(path):
+    try:
+        return form_of(path)
+    except DataError:  # no text
+        return None
 
 
 def load_annotations(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
@@ -116,6 +135,9 @@ def load_annotations(data: str | os.PathLike, audio_dir: str | os.PathLike | Non
             raise DataError(f"{data} is empty or in no form of annotations that is known; give a "
                             "table with the columns file,start,end,label")
         forms = {form: [data]}
+    if label_column is not None and set(forms) == {"audacity"}:
+        raise DataError(f"--label-column {label_column}: the label tracks in {data} have no names "
+                        "of columns; leave it out")
     folder = data if is_folder else data.parent
     recordings = Recordings(_audio_root(folder, audio_dir, is_folder))
     reading.notes.append("annotations: " + count_forms(
@@ -152,7 +174,7 @@ def _forms_in(folder, notes):
     forms = defaultdict(list)
     try:
         for name in find_tables(folder):
-            forms[form_of(folder / name)].append(folder / name)
+            forms[_form_or_none(folder / name)].append(folder / name)
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}; make it readable") from None
     others = forms.pop(None, [])
@@ -197,7 +219,9 @@ def _collect(result, forms, reading, recordings, folder):
             for row in zip(found, rows.start, rows.end, rows.names, low, high):
                 if row[0] is None:
                     continue
-                key = tuple(-1.0 if value != value else value for value in row)  # nan
+                key = row
+                if row[2] != row[2] or row[4] != row[4] or row[5] != row[5]:  # nan
+                    key = tuple(-1.0 if value != value else value for value in row)
                 n_doubled += key in events
                 events[key] = row
     _refuse_missing(missing, recordings, len(annotated), result.notes)
@@ -212,7 +236,7 @@ def _find_recordings(rows, recordings, folder, missing):
     table = rows.table
     beside = os.path.relpath(table.path.parent, recordings.root)
     own = None
-    if rows.recording is None or len(set(rows.recording)) == 1 or not table.rows:
+    if rows.by_name and (rows.recording is None or len(set(rows.recording)) <= 1):
         relative = os.path.relpath(table.path, folder)
         if not os.path.relpath(table.path, recordings.root).startswith(".."):
             relative = os.path.relpath(table.path, recordings.root)
