@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from util import plural
+
 from .annotation_many import read_many, read_one_hot
 from .annotation_programs import (
     read_birdnet,
@@ -24,21 +26,21 @@ class Form(NamedTuple):
 
 
 FORMS = {
-    "raven": Form("Raven selection tables", read_raven),
-    "audacity": Form("Audacity label tracks", None),
-    "birdnet": Form("BirdNET result tables", read_birdnet),
-    "kaleidoscope": Form("Kaleidoscope tables", read_kaleidoscope),
-    "generic-seq": Form("crowsetta's generic-seq", read_generic_seq),
-    "simple-seq": Form("tables of start, end and label, one per recording", read_simple_seq),
-    "hoplite": Form("perch-hoplite's annotations", read_hoplite),
-    "one-hot": Form("tables with a column per class", read_one_hot),
-    "table": Form("tables with a row per event", read_many),
+    "raven": Form("Raven selection table", read_raven),
+    "audacity": Form("Audacity label track", None),
+    "birdnet": Form("BirdNET result table", read_birdnet),
+    "kaleidoscope": Form("Kaleidoscope table", read_kaleidoscope),
+    "generic-seq": Form("crowsetta generic-seq table", read_generic_seq),
+    "simple-seq": Form("single-recording table", read_simple_seq),
+    "hoplite": Form("perch-hoplite table", read_hoplite),
+    "one-hot": Form("one-hot table", read_one_hot),
+    "table": Form("event table", read_many),
 }
 
 
 def count_forms(forms: Sequence[str]) -> str:
     """"3 Raven selection tables, 1 ...": how many tables are in which form, for people."""
-    return ", ".join(f"{n} {FORMS[form].title}" for form, n in Counter(forms).most_common())
+    return ", ".join(plural(n, FORMS[form].title) for form, n in Counter(forms).most_common())
 
 
 def read_form(form: str, paths: Sequence[Path], reading: Reading) -> list[Rows]:

@@ -79,8 +79,11 @@ def read_many(tables: list[Table], reading: Reading) -> list[Rows]:
 def _many_recordings_rows(table, reading):
     if not table.rows:
         raise DataError(f"{table.path} has no rows; it needs one per event")
+    given = None
     if reading.label_column is not None:
-        table = _with_label_column(table, find_column([table], reading.label_column))
+        wanted = find_column([table], reading.label_column)
+        given = table.header[table.names.index(wanted)]
+        table = _with_label_column(table, wanted)
     path = _path_column(table)
     if path is not None and table.names[path] in EVENT_PATHS:
         header = [*table.header[:path], "path", *table.header[path + 1:]]
@@ -110,7 +113,9 @@ def _many_recordings_rows(table, reading):
     rows = Rows(table, *times, _with_folders(table, columns, recording_cells(table, path)), low=low,
                 high=high, by_name=False, listed=listed)
     set_names([rows], Reading(label, reading.notes, reading.sources), empty_is_nothing=True)
-    reading.notes += columns.notes
+    if given is not None:
+        reading.sources["label"] = f"column {given}"
+    reading.notes.extend(columns.notes)
     return rows
 
 

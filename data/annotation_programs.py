@@ -8,7 +8,15 @@ import re
 from util import plural
 
 from .annotation_labels import find_column
-from .annotation_rows import Reading, Rows, plain_folder, recording_cells, set_names
+from .annotation_rows import (
+    NOT_A_PERSON,
+    Reading,
+    Rows,
+    add_source,
+    plain_folder,
+    recording_cells,
+    set_names,
+)
 from .annotation_times import column_of, frequencies, start_and_end, times_by_name
 from .csv_table import Table
 from .manifest import DataError
@@ -16,7 +24,7 @@ from .manifest import DataError
 
 def read_birdnet(tables: list[Table], reading: Reading) -> list[Rows]:
     """Result tables of BirdNET. Raises DataError."""
-    reading.notes.append("these are results of BirdNET, not of a person; check some of them")
+    reading.notes.append(NOT_A_PERSON)
     all_rows = []
     for table in tables:
         start, end = times_by_name(table, reading.sources)
@@ -30,7 +38,7 @@ def read_birdnet(tables: list[Table], reading: Reading) -> list[Rows]:
 
 def read_kaleidoscope(tables: list[Table], reading: Reading) -> list[Rows]:
     """Tables of Kaleidoscope, with what a person has put in. Raises DataError."""
-    reading.sources["time"] = "columns OFFSET, DURATION"
+    add_source(reading.sources, "time", "columns OFFSET, DURATION")
     preferred = []
     if reading.label_column is None:
         for table in tables:
@@ -68,7 +76,7 @@ def _with_text(tables, column):
     kept, n_dropped = [], 0
     for table in tables:
         i = table.names.index(column) if column in table.names else None
-        rows = [r for r, row in enumerate(table.rows) if i is None or row[i].strip()]
+        rows = [r for r, row in enumerate(table.rows) if i is not None and row[i].strip()]
         n_dropped += len(table.rows) - len(rows)
         kept.append(Table(table.path, table.header, [table.numbers[r] for r in rows],
                           [table.rows[r] for r in rows]))
@@ -77,7 +85,7 @@ def _with_text(tables, column):
 
 def read_generic_seq(tables: list[Table], reading: Reading) -> list[Rows]:
     """crowsetta's generic-seq. Raises DataError."""
-    reading.sources["time"] = "columns onset_s, offset_s"
+    add_source(reading.sources, "time", "columns onset_s, offset_s")
     all_rows = []
     for table in tables:
         if "onset_s" not in table.names or "offset_s" not in table.names:

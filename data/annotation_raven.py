@@ -6,13 +6,17 @@ from pathlib import Path
 
 from util import plural
 
-from .annotation_rows import Reading, Rows, set_names
+from .annotation_rows import NOT_A_PERSON, Reading, Rows, add_source, set_names
 from .annotation_text import read_text, split_lines
-from .annotation_times import check_order, frequencies, number, start_and_end
+from .annotation_times import check_order, frequencies, number, seconds_of, start_and_end
 from .audio import AUDIO_SUFFIXES
 from .csv_table import Table
 from .files import suffix
 from .manifest import DataError
+
+
+ROUNDED = 0.005  # seconds: Raven writes offsets with fewer digits than times
+MONTHS = 1e8  # seconds: recordings that are opened together
 
 
 def read_raven(tables: list[Table], reading: Reading) -> list[Rows]:
@@ -20,11 +24,13 @@ def read_raven(tables: list[Table], reading: Reading) -> list[Rows]:
     tables, n_doubled = _without_doubled_views(tables)
     if n_doubled:
         reading.notes.append(f"left out: {plural(n_doubled, 'row')} that Raven doubled by View")
-    reading.sources["time"] = "columns Begin Time (s), End Time (s)"
-    is_birdnet = all({"common_name", "species_code", "confidence"} <= {*table.names}
-                     for table in tables)
-    preferred = ("scientific_name", "common_name") if is_birdnet else ()
-    return set_names([_raven_rows(table, reading.sources) for table in tables], reading, preferred)
+    add_source(reading.sources, "time", "columns Begin Time (s), End Time (s)")
+    all_rows = [_raven_rows(table, reading.sources) for table in tables]
+    preferred = ()
+    if all(rows.is_birdnet for rows in all_rows):
+        preferred = "scientific_name", "common_name"
+        reading.notes.append(NOT_A_PERSON)
+    return set_names(all_rows, reading, preferred)
 
 
 def _without_doubled_views(tables):
@@ -54,20 +60,28 @@ def _without_doubled_views(tables):
 
 
 def _raven_rows(table, sources):
-    names = table.names
-    start, end = start_and_end(table, names.index("begin_time_s"), names.index("end_time_s"))
+    begin, finish = table.names.index("begin_time_s"), table.names.index("end_time_s")
     recording = _raven_recordings(table)
-    if recording is not None:
-        offset = next((names.index(name) for name in ("file_offset_s", "begin_file_offset_s")
-                       if name in names and all(row[names.index(name)].strip()
-                                                for row in table.rows)), None)
-        if offset is not None:
-            start, end = _times_in_file(table, start, end, offset, sources)
-        elif len({_base_name(text) for text in recording}) > 1:
-            raise DataError(f"{table.path} is about several recordings, so Begin Time (s) may count"
-                            " from the start of the first; add Raven's column File Offset (s)")
+    offset = None if recording is None else _offset_column(table)
+    if offset is not None:
+        start, end = _times_in_file(table, begin, finish, offset, sources)
+    elif recording is not None and len({_base_name(text) for text in recording}) > 1:
+        raise DataError(f"{table.path} is about several recordings, so Begin Time (s) may count "
+                        "from the start of the first; add Raven's column File Offset (s)")
+    else:
+        start, end = start_and_end(table, begin, finish)
     low, high = frequencies(table)
     return Rows(table, start, end, recording, low=low, high=high)
+
+
+def _offset_column(table):
+    """The column of where an event begins in its own file, if each row has it."""
+    for name in ("file_offset_s", "begin_file_offset_s"):
+        if name in table.names:
+            i = table.names.index(name)
+            if all(row[i].strip() for row in table.rows):
+                return i
+    return None
 
 
 def _raven_recordings(table):
@@ -97,13 +111,15 @@ def _base_name(text):
     return re.split(r"[\\/]", text)[-1].casefold()
 
 
-def _times_in_file(table, start, end, offset, sources):
-    """Times that count from the start of a row's own file, not of the first of several."""
-    offsets, _ = start_and_end(table, offset, offset)
-    if all(abs(a - b) < 0.005 for a, b in zip(start, offsets)):
-        return start, end  # the same, but not rounded
-    sources["time"] = "column File Offset (s), and the difference of Begin and End Time (s)"
-    end = [round(begin + b - a, 9) for begin, a, b in zip(offsets, start, end)]
+def _times_in_file(table, begin, finish, offset, sources):
+    """Times in a row's own file; begin and end may count from the start of the first of several."""
+    offsets = seconds_of(table, offset)
+    start, end = start_and_end(table, begin, finish, most=MONTHS)
+    if all(abs(a - b) < ROUNDED for a, b in zip(start, offsets)):
+        check_order(table, start, end)
+        return start, end
+    add_source(sources, "time", "column File Offset (s), its end by End Time - Begin Time")
+    end = [round(first + b - a, 9) for first, a, b in zip(offsets, start, end)]
     check_order(table, offsets, end)
     return offsets, end
 
@@ -115,10 +131,10 @@ LABEL_TRACK_HEADER = ["start", "end", "label"]
 
 def read_label_tracks(paths: Sequence[Path], reading: Reading) -> list[Rows]:
     """Label tracks of Audacity. Raises DataError."""
-    reading.sources["time"] = "columns 1 and 2 of the label tracks"
     all_rows = [_label_track(path) for path in paths]
-    set_names(all_rows, Reading(None, reading.notes, reading.sources), ("label",))
-    reading.sources["label"] = "column 3 of the label tracks"
+    set_names(all_rows, Reading(None, reading.notes, {}), ("label",))
+    add_source(reading.sources, "time", "columns 1 and 2 of the label tracks")
+    add_source(reading.sources, "label", "column 3 of the label tracks")
     return all_rows
 
 

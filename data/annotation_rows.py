@@ -8,6 +8,8 @@ from .annotation_labels import choose_column, find_column, names_of_cells
 from .csv_table import Table
 from .manifest import DataError
 
+NOT_A_PERSON = "these are results of BirdNET, not of a person; check some of them"
+
 
 @dataclass
 class Rows:
@@ -21,6 +23,11 @@ class Rows:
     high: list[float] = field(default_factory=list)
     by_name: bool = True  # whether a table without rows belongs to the recording of its name
     listed: list[str] = field(default_factory=list)  # recordings that have no event
+
+    @property
+    def is_birdnet(self) -> bool:
+        """Whether BirdNET wrote the table, in whichever form."""
+        return {"common_name", "confidence"} <= {*self.table.names}
 
 
 class Reading(NamedTuple):
@@ -59,8 +66,15 @@ def set_names(all_rows: Sequence[Rows], reading: Reading, preferred: Sequence[st
                              empty_is_nothing)
     for rows, own in zip(filled, texts):
         rows.names = [of_cell[text] for text in own]
-    reading.sources["label"] = f"column {filled[0].table.header[indices[0]]}"
+    add_source(reading.sources, "label", f"column {filled[0].table.header[indices[0]]}")
     return all_rows
+
+
+def add_source(sources: dict[str, str], role: str, source: str) -> None:
+    """Note what decided a role; tables in another form may have decided it otherwise."""
+    known = sources.get(role, "").split("; ")
+    if source not in known:
+        sources[role] = "; ".join([*filter(None, known), source])
 
 
 def recording_cells(table: Table, column: int) -> list[str]:

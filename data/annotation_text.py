@@ -106,7 +106,7 @@ def _form_of_names(names, rows, file_name):
         return "birdnet"
     if has({"label", "notated_path", "annot_path"}):
         return "generic-seq"
-    if names == ["itemid", "datasetid", "hasbird"]:
+    if has({"itemid", "hasbird"}):
         return "one-hot"
     known = {KNOWN_NAMES.get(name.replace("_", ""), name) for name in names} | set(names)
     has_times = _has_times(names)

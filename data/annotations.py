@@ -209,8 +209,11 @@ def _collect(result, forms, reading, recordings, folder):
             found = _find_recordings(rows, recordings, folder, missing)
             for path in {*found, *_find_listed(rows, recordings, folder, missing)} - {None}:
                 annotated.add(path)
-                other = table_of.setdefault(path, (form, rows.table.path))
-                if other[0] != form:
+                kind = form, rows.is_birdnet
+                other = table_of.setdefault(path, (kind, rows.table.path))
+                is_copy = (rows.by_name and other[1] != rows.table.path
+                           and other[1].name == rows.table.path.name)
+                if other[0] != kind or is_copy:
                     raise DataError(f"{path} is annotated in {other[1]} and in {rows.table.path}; "
                                     "move one of them away")
             if not rows.table.rows:

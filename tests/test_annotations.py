@@ -26,7 +26,8 @@ def raven(*rows, columns="Species", newline="\n"):
     lines = [f"{RAVEN}\t{columns}"]
     for i, row in enumerate(rows, 1):
         start, end, *rest = row.split(" ")
-        lines.append("\t".join([str(i), "Spectrogram 1", "1", start, end, "100.0", "8000.0", *rest]))
+        band = ["100.0", "8000.0"]
+        lines.append("\t".join([str(i), "Spectrogram 1", "1", start, end, *band, *rest]))
     return newline.join(lines) + newline
 
 
@@ -110,7 +111,8 @@ def test_an_empty_table_says_that_nothing_is_there(tmp_path):
 def test_the_column_of_labels_is_found_and_said(tmp_path, column):
     touch(tmp_path, "a.wav")
     columns = f"Delta Time (s)\tPeak Freq (Hz)\tNotes\tBegin Clock Time\t{column}"
-    write(tmp_path, "a.selections.txt", raven("1 2 1.0 440.0 loud 06:00:01.2 crow", columns=columns))
+    row = "1 2 1.0 440.0 loud 06:00:01.2 crow"
+    write(tmp_path, "a.selections.txt", raven(row, columns=columns))
     found = load_annotations(tmp_path)
     assert found.events[0].labels == ("crow",)
     assert f"labels are from column {column}" in found.notes
@@ -144,7 +146,8 @@ def test_a_code_beside_the_name_is_no_second_label(tmp_path):
 def test_one_table_over_many_files(tmp_path):
     touch(tmp_path, "x/a.wav", "x/b.wav")
     columns = "Begin Path\tBegin File\tFile Offset (s)\tSpecies"
-    rows = [r"1.1 2.35 D:\data\x\a.wav a.wav 1.1 crow", r"61.2 62.7 D:\data\x\b.wav b.wav 1.2 jay"]
+    rows = [r"1.1 2.35 D:\data\x\a.wav a.wav 1.1 crow",
+            r"100061.2 100062.7 D:\data\x\b.wav b.wav 1.2 jay"]
     path = write(tmp_path, "all.selections.txt", raven(*rows, columns=columns))
     for data in (tmp_path, path):
         found = load_annotations(data)
@@ -184,8 +187,8 @@ def test_tables_of_birdnet_for_raven(tmp_path):
     ("nan 2 crow", "row 3: Begin Time (s) is 'nan'"),
     ("inf inf crow", "row 3: Begin Time (s) is inf s, which is beyond a day"),
     ("1_0 20 crow", "row 3: Begin Time (s) is '1_0'"),
-    ("06:00:01 06:00:02 crow", "row 3: Begin Time (s) is '06:00:01'; make it a time from 0 up, such "
-     "as 1.5; a time of day is no time in the recording"),
+    ("06:00:01 06:00:02 crow", "row 3: Begin Time (s) is '06:00:01'; make it a time from 0 up, "
+     "such as 1.5; a time of day is no time in the recording"),
     ("1 2 ", "row 3: Species is empty; name what is there"),
     ("1 2 NA", "row 3: Species is 'NA', which stands for a missing value"),
     ("1 2 a\tb", "row 3: 9 fields under a header of 8"),
@@ -258,6 +261,31 @@ def test_two_tables_of_one_recording(tmp_path):
     assert any("1 repeated row" in note for note in found.notes)
     write(tmp_path, "a.txt", "1.0\t2.0\tcrow\n")
     refused("a.wav is annotated in", "a.txt", "selections.txt", data=tmp_path)
+
+
+def test_equal_tables_in_two_folders(tmp_path):
+    touch(tmp_path, "site2/1.wav")
+    write(tmp_path, "site1/1.selections.txt", raven("1 2 crow"))
+    write(tmp_path, "site2/1.selections.txt", raven("3 4 jay"))
+    refused("site2/1.wav is annotated in", "site1/1.selections.txt", data=tmp_path)
+
+
+def test_a_person_and_birdnet(tmp_path):
+    touch(tmp_path, "a.wav", "b.wav")
+    columns = "Common Name\tSpecies Code\tConfidence"
+    write(tmp_path, "a.Table.1.selections.txt", raven("1 2 Crow", columns="Common Name"))
+    write(tmp_path, "a.BirdNET.selection.table.txt", raven("1 2 Jay\tblujay\t0.7", columns=columns))
+    refused("a.wav is annotated in", "BirdNET", data=tmp_path)
+
+
+def test_forms_side_by_side(tmp_path):
+    touch(tmp_path, "a.wav", "b.wav")
+    write(tmp_path, "a.selections.txt", raven("1 2 crow"))
+    write(tmp_path, "b.txt", "1.0\t2.0\tjay\n")
+    found = load_annotations(tmp_path)
+    assert spans(found) == [("a.wav", 1, 2, ("crow",)), ("b.wav", 1, 2, ("jay",))]
+    assert found.sources["label"] == "column Species; column 3 of the label tracks"
+    assert "annotations: 1 Raven selection table, 1 Audacity label track" in found.notes
 
 
 def test_other_files_are_said(tmp_path):
