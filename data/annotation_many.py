@@ -105,7 +105,8 @@ def _many_recordings_rows(table, reading):
                              "the recording")
     table = Table(table.path, table.header, [table.numbers[i] for i in kept],
                   [table.rows[i] for i in kept])
-    times = times_by_name(table, reading.sources)
+    # UrbanSound8K's times are positions in the recordings that its clips were cut from.
+    times = times_by_name(table, reading.sources) if columns.times else None
     if times is None:
         raise DataError(f"{table.path} has no times of events among {', '.join(table.header)}; add "
                         "start and end, or leave --annotated out if a row is a whole clip")

@@ -14,7 +14,6 @@ from .csv_table import Table
 from .files import suffix
 from .manifest import DataError
 
-
 ROUNDED = 0.005  # seconds: Raven writes offsets with fewer digits than times
 MONTHS = 1e8  # seconds: recordings that are opened together
 
@@ -115,13 +114,14 @@ def _times_in_file(table, begin, finish, offset, sources):
     """Times in a row's own file; begin and end may count from the start of the first of several."""
     offsets = seconds_of(table, offset)
     start, end = start_and_end(table, begin, finish, most=MONTHS)
-    if all(abs(a - b) < ROUNDED for a, b in zip(start, offsets)):
-        check_order(table, start, end)
-        return start, end
-    add_source(sources, "time", "column File Offset (s), its end by End Time - Begin Time")
-    end = [round(first + b - a, 9) for first, a, b in zip(offsets, start, end)]
-    check_order(table, offsets, end)
-    return offsets, end
+    is_same = [abs(a - b) < ROUNDED for a, b in zip(start, offsets)]
+    if not all(is_same):
+        add_source(sources, "time", "column File Offset (s), its end by End Time - Begin Time")
+    end = [b if same else round(first + b - a, 9)
+           for first, a, b, same in zip(offsets, start, end, is_same)]
+    start = [a if same else first for first, a, same in zip(offsets, start, is_same)]
+    check_order(table, start, end)
+    return start, end
 
 
 # ---- Audacity

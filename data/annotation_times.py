@@ -68,7 +68,8 @@ def start_and_end(table: Table, start: int, end: int | None = None, duration: in
                   ) -> tuple[list[float], list[float]]:
     """Times of each row in seconds, from columns of start and either end or duration.
 
-    units: seconds per unit of the two. most: seconds that are possible. Raises DataError, also if an event ends before its start.
+    units: seconds per unit of the two. most: seconds that are possible. Raises DataError, also if
+    an event ends before its start.
     """
     starts = seconds_of(table, start, units[0], most)
     if end is not None:

@@ -27,7 +27,6 @@ from .locate import simplify
 from .manifest import DataError
 
 MAX_PROBES = 200  # files below a folder that are looked at to know whether they are annotations
-MAX_PLACES = 20_000  # folders and files below a folder that are listed for that
 # Names of tables that are annotations, whatever is in them.
 NAMES = (".selections.txt", ".selection.table.txt", ".birdnet.results.csv")
 
@@ -81,11 +80,10 @@ def is_annotated(data: str | os.PathLike, asked: bool = False) -> bool:
 
 
 def _probe_folder(folder):
-    """The forms of the first tables below a folder."""
-    tables, stems, n_places = [], set(), 0
+    """The forms of some tables below a folder."""
+    tables, stems = [], set()
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        n_places += len(folders) + len(names)
         for name in sorted(names):
             if name.lower().endswith(NAMES):
                 return {"raven"}
@@ -93,12 +91,10 @@ def _probe_folder(folder):
                 tables.append(Path(where, name))
             elif suffix(name) in AUDIO_SUFFIXES:
                 stems.update((simplify(name), simplify(os.path.splitext(name)[0])))
-        if n_places > MAX_PLACES:
-            break
     forms = set()
-    for path in tables[:MAX_PROBES]:
+    for path in tables[::len(tables) // MAX_PROBES + 1]:
         form = _form_or_none(path)
-        if form in ("audacity", "simple-seq") and stems.isdisjoint(stems_of(path.name)):
+        if form in ("audacity", "simple-seq") and stems and stems.isdisjoint(stems_of(path.name)):
             form = "table"  # it may be about anything
         forms.add(form)
     return forms
@@ -195,7 +191,7 @@ def _forms_in(folder, notes):
     others += tables
     if others:
         names = summarize((os.path.relpath(path, folder) for path in sorted(others)), 3)
-        notes.append(f"not read, since in another form: {names}")
+        notes.append(f"not read, since empty or in another form: {names}")
     return dict(forms)
 
 
@@ -246,7 +242,7 @@ def _find_recordings(rows, recordings, folder, missing):
         own = recordings.of_table(relative)
     if rows.recording is None or not table.rows:
         if own is None and (rows.recording is None or table.rows):
-            missing[f"{table.path} (named after no recording)"] += max(1, len(table.rows))
+            missing[f"{table.path.name}, a table named after no recording"] += 1
         return [own] * max(1, len(table.rows))
     paths = {text: recordings.find(text, beside) for text in dict.fromkeys(rows.recording)}
     if len(paths) == 1 and list(paths.values()) == [None] and own is not None:
@@ -274,7 +270,7 @@ def _refuse_missing(missing, recordings, n_found, notes):
     if len(missing) >= n_found:
         raise DataError(f"no recording in {recordings.root} for {names} ({n_found} others are "
                         "there); give --audio-dir, a folder that contains the recordings at any "
-                        "depth, or fix the names")
+                        "depth, or fix the names or the column of the recordings")
     notes.append(f"missing: {plural(len(missing), 'recording')}, {names}")
 
 

@@ -240,6 +240,7 @@ def test_label_column_other_than_label(tmp_path):
 
 @pytest.mark.parametrize("text, problem", [
     ("file,label\na.wav,crow\n", "has no times of events"),
+    ("slice_file_name,fsID,start,end,class\na.wav,7,60,64,crow\n", "has no times of events"),
     ("file,start,label\na.wav,0,crow\n", "no column of the event's end"),
     ("file,start_sample,end_sample,label\na.wav,0,16000,crow\n", "has times in sample"),
     ("file,start,end,label\na.wav,3,0,crow\n", "row 2: the event ends at 0 s, before its start"),

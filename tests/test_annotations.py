@@ -217,6 +217,14 @@ def test_encodings(tmp_path, encoding):
 
 # --- which recording
 
+def test_a_recording_that_was_renamed_with_its_table(tmp_path):
+    touch(tmp_path, "b.wav")
+    write(tmp_path, "b.selections.txt", raven("1 2 old.wav crow", columns="Begin File\tSpecies"))
+    found = load_annotations(tmp_path)
+    assert found.recordings == ["b.wav"]
+    assert any("old.wav as b.wav" in note for note in found.notes)
+
+
 def test_a_table_without_a_recording(tmp_path):
     touch(tmp_path, "a.wav", "b.wav")
     for name in ("a", "b", "c"):
@@ -322,6 +330,16 @@ def test_a_bad_line_of_a_label_track(tmp_path, line, problem):
     touch(tmp_path, "a.wav")
     write(tmp_path, "a.txt", "0.5\t0.75\tcrow\n1.0\t1.5\tjay\n1.0\t1.5\tcrow\n" + line + "\n")
     refused("a.txt", " 4", problem, data=tmp_path)
+
+
+def test_label_tracks_of_the_whole_folder_or_elsewhere(tmp_path):
+    touch(tmp_path, "audio/a.wav")
+    track = write(tmp_path, "tracks/a.txt", "1.0\t2.0\tcrow\n")
+    assert is_annotated(tmp_path) and is_annotated(tmp_path / "tracks") and is_annotated(track)
+    found = load_annotations(track, audio_dir=tmp_path / "audio")
+    assert spans(found) == [("a.wav", 1, 2, ("crow",))]
+    write(tmp_path, "tracks/a.txt", "1.0\t2.0\n")  # nobody has named the event
+    refused("in no form of annotations that is known", data=track)
 
 
 def test_control_numbers_are_no_label_track(tmp_path):
