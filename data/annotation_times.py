@@ -2,6 +2,7 @@
 import math
 from collections.abc import Sequence
 
+from .annotation_rows import add_source
 from .annotation_text import frequency_columns
 from .clip_times import TimeColumn, is_clock_time, time_columns
 from .csv_table import Table
@@ -108,8 +109,8 @@ def times_by_name(table: Table, sources: dict[str, str]) -> tuple[list[float], l
         missing = "start" if "start" not in columns else "end"
         raise DataError(f"{table.path} has no column of the event's {missing} among "
                         f"{', '.join(table.header)}; add one, in seconds")
-    sources["time"] = "columns " + ", ".join(_describe(table, role, column)
-                                             for role, column in columns.items())
+    add_source(sources, "time", "columns " + ", ".join(
+        _describe(table, role, column) for role, column in columns.items()))
     units = columns["start"].seconds, last.seconds
     if "end" in columns:
         return start_and_end(table, columns["start"].index, last.index, units=units)

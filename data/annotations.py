@@ -6,13 +6,9 @@ tables (annotation_text.form_of) and read by annotation_forms. What is not clear
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
-
-import numpy as np
 
 from util import plural, summarize
 
@@ -21,7 +17,6 @@ from .annotation_recordings import Recordings, find_tables, stems_of
 from .annotation_rows import Reading
 from .annotation_text import form_of, is_table
 from .audio import AUDIO_SUFFIXES
-from .clip_times import check_times
 from .files import suffix
 from .locate import simplify
 from .manifest import DataError
@@ -272,19 +267,3 @@ def _refuse_missing(missing, recordings, n_found, notes):
                         "there); give --audio-dir, a folder that contains the recordings at any "
                         "depth, or fix the names or the column of the recordings")
     notes.append(f"missing: {plural(len(missing), 'recording')}, {names}")
-
-
-def check_event_times(annotations: Annotations, file_seconds: Mapping[str, float],
-                      rate: Mapping[str, float], max_bad_share: float = 0.0) -> None:
-    """Raise DataError if events end far beyond their recordings: they are in another unit.
-
-    file_seconds, rate: {path: length in seconds, 0 if it cannot be read; sampling rate in Hz}.
-    """
-    events = [event for event in annotations.events if event.end == event.end]
-    if events:
-        check_times(
-            SimpleNamespace(root=annotations.root, paths=[event.path for event in events],
-                            start=np.array([event.start for event in events]),
-                            end=np.array([event.end for event in events])),
-            np.array([file_seconds.get(event.path, 0.0) for event in events]),
-            np.array([rate.get(event.path, 1.0) for event in events]), max_bad_share)

@@ -193,6 +193,13 @@ def test_birdset_soundscapes(tmp_path):
         assert "Start Time (s) as start" in found.sources["time"]
 
 
+def test_units(tmp_path):
+    touch(tmp_path, "a.wav")
+    path = write(tmp_path, "all.csv", "file,start,duration,low_freq_khz,high_freq_khz,label\n"
+                                      "a.wav,0.1,0.2,1.5,2,crow\n")
+    assert load_annotations(path).events == [("a.wav", 0.1, 0.3, ("crow",), 1500.0, 2000.0)]
+
+
 def test_rows_that_say_that_nothing_is_there(tmp_path):
     touch(tmp_path, "a.wav", "b.wav", "c.wav")
     path = write(tmp_path, "all.tsv", "filename\tonset\toffset\tevent_label\na.wav\t0\t3\tcrow\n"
