@@ -19,10 +19,11 @@ ORDER = ["species", "annotation", "annotations", "label", "labels", "common_name
 # Columns of Raven and notes of people, which name no class.
 NO_LABELS = {
     "", "selection", "view", "channel", "begin_file", "end_file", "begin_path", "end_path",
-    "begin_date", "end_date", "file", "notes", "note", "comment", "comments", "remark", "remarks", "observer",
-    "analyst", "annotator", "author", "reviewer", "validator", "confidence", "score", "rank",
-    "quality", "date", "time", "week", "model", "species_list", "id", "begin_clock_time",
-    "end_clock_time", "begin_date_time", "end_date_time", "date_time", "datetime", "timestamp",
+    "begin_date", "end_date", "file", "notes", "note", "comment", "comments", "remark",
+    "remarks", "observer", "analyst", "annotator", "author", "reviewer", "validator",
+    "confidence", "score", "rank", "quality", "date", "time", "week", "model", "species_list",
+    "id", "begin_clock_time", "end_clock_time", "begin_date_time", "end_date_time",
+    "date_time", "datetime", "timestamp",
 } | {name for role in ("split", "fold", "group", "folder") for name in COLUMNS[role].split()}
 UNIT = re.compile(r"\((s|min|ms|hz|khz|hz/s|db.*|u|%|bits|samples|.*fs.*)\)$", re.IGNORECASE)
 NUMERIC = re.compile(r"[\s\d.,eE+-]*|nan|inf", re.IGNORECASE)

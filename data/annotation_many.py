@@ -6,7 +6,7 @@ from util import plural
 
 from .annotation_labels import find_column
 from .annotation_rows import Reading, Rows, plain_folder, recording_cells, set_names
-from .annotation_text import EVENT_PATHS, TRUTH, class_columns
+from .annotation_text import EVENT_PATHS, LABEL_NAMES, TRUTH, class_columns
 from .annotation_times import frequencies, times_by_name
 from .columns import COLUMNS, KNOWN_NAMES, choose_columns
 from .csv_table import Table
@@ -88,6 +88,10 @@ def _many_recordings_rows(table, reading):
     if path is not None and table.names[path] in EVENT_PATHS:
         header = [*table.header[:path], "path", *table.header[path + 1:]]
         table = Table(table.path, header, table.numbers, table.rows)
+    known = {KNOWN_NAMES.get(name.replace("_", ""), name) for name in table.names}
+    if not known & LABEL_NAMES and class_columns(table.names, table.rows):
+        raise DataError(f"{table.path} has a column per class, but no times of events; add start "
+                        "and end")
     try:
         table, columns = choose_columns(table)
     except DataError as error:

@@ -112,6 +112,11 @@ class Recordings:
         return [f"{plural(len(self.changed), 'recording')} found by name, e.g. {text} as {path}"]
 
 
+def same_name(text: str, path: str) -> bool:
+    """Whether a table's text for a recording and a path have the same file name."""
+    return simplify(os.path.basename(with_slashes(text))) == simplify(os.path.basename(path))
+
+
 def stems_of(name: str) -> list[str]:
     """Names of a recording that a table may belong to, the longest first, in lower case."""
     stem = os.path.splitext(simplify(name))[0]
@@ -127,9 +132,15 @@ def stems_of(name: str) -> list[str]:
 
 
 def find_tables(folder: Path) -> list[str]:
-    """Paths of .txt, .csv and .tsv files below a folder, relative to it, sorted."""
+    """Paths of .txt, .csv and .tsv files below a folder, relative to it, sorted.
+
+    Raises OSError if a folder cannot be read.
+    """
+    def fail(error):
+        raise error
+
     tables = []
-    for where, folders, names in os.walk(folder):
+    for where, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders
                       if not name.startswith(".") and name.lower() not in SYSTEM_FOLDERS]
         place = os.path.relpath(where, folder)

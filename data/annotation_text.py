@@ -33,13 +33,15 @@ def read_text(path: Path, size: int = -1) -> str:
 
     size: the number of bytes to read, -1 for all. Raises DataError.
     """
+    if not os.path.isfile(path):  # opening a pipe would wait for ever
+        raise DataError(f"{path} is no file that can be read; fix or remove it")
     try:
         with open(path, "rb") as file:
             raw = file.read(size)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; fix the file") from None
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return raw.decode("utf-16", "replace" if size >= 0 else "surrogatepass")
+        return raw.decode("utf-16", "replace")
     if b"\0" in raw[:200]:
         raise DataError(f"{path} is not UTF-8 text; save it as CSV in UTF-8")
     return raw.decode("utf-8-sig", "surrogateescape")

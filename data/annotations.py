@@ -13,7 +13,7 @@ from typing import NamedTuple
 from util import plural, summarize
 
 from .annotation_forms import FORMS, count_forms, read_form
-from .annotation_recordings import Recordings, find_tables, stems_of
+from .annotation_recordings import Recordings, find_tables, same_name, stems_of
 from .annotation_rows import Reading
 from .annotation_text import form_of, is_table
 from .audio import AUDIO_SUFFIXES
@@ -80,9 +80,11 @@ def _probe_folder(folder):
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
+            if name.startswith("."):
+                continue
             if name.lower().endswith(NAMES):
                 return {"raven"}
-            if is_table(name) and not name.startswith("."):
+            if is_table(name):
                 tables.append(Path(where, name))
             elif suffix(name) in AUDIO_SUFFIXES:
                 stems.update((simplify(name), simplify(os.path.splitext(name)[0])))
@@ -229,17 +231,13 @@ def _find_recordings(rows, recordings, folder, missing):
     """The path of each row's recording, None for a missing one; of an empty table its own."""
     table = rows.table
     beside = os.path.relpath(table.path.parent, recordings.root)
-    own = None
-    if rows.by_name and (rows.recording is None or len(set(rows.recording)) <= 1):
-        relative = os.path.relpath(table.path, folder)
-        if not os.path.relpath(table.path, recordings.root).startswith(".."):
-            relative = os.path.relpath(table.path, recordings.root)
-        own = recordings.of_table(relative)
+    own = _own_recording(rows, recordings, folder)
     if rows.recording is None or not table.rows:
         if own is None and (rows.recording is None or table.rows):
             missing[f"{table.path.name}, a table named after no recording"] += 1
         return [own] * max(1, len(table.rows))
-    paths = {text: recordings.find(text, beside) for text in dict.fromkeys(rows.recording)}
+    paths = {text: own if own is not None and same_name(text, own)
+             else recordings.find(text, beside) for text in dict.fromkeys(rows.recording)}
     if len(paths) == 1 and list(paths.values()) == [None] and own is not None:
         paths = dict.fromkeys(paths, own)  # the recording was renamed, its table too
         recordings.changed[next(iter(paths))] = own
@@ -247,6 +245,21 @@ def _find_recordings(rows, recordings, folder, missing):
         if path is None:
             missing[f"{text} of {table.path.name}"] += 1
     return [paths[text] for text in rows.recording]
+
+
+def _own_recording(rows, recordings, folder):
+    """The recording that a table is named after; None if its rows name others."""
+    if not rows.by_name or (rows.recording is not None and len(set(rows.recording)) > 1):
+        return None
+    relative = os.path.relpath(rows.table.path, recordings.root)
+    if relative.startswith(".."):
+        relative = os.path.relpath(rows.table.path, folder)
+    try:
+        return recordings.of_table(relative)
+    except DataError:
+        if rows.recording:
+            return None  # a column says which it is
+        raise
 
 
 def _find_listed(rows, recordings, folder, missing):

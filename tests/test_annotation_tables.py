@@ -247,6 +247,7 @@ def test_label_column_other_than_label(tmp_path):
 
 @pytest.mark.parametrize("text, problem", [
     ("file,label\na.wav,crow\n", "has no times of events"),
+    ("file,crow,jay\na.wav,0,1\n", "has a column per class, but no times of events"),
     ("slice_file_name,fsID,start,end,class\na.wav,7,60,64,crow\n", "has no times of events"),
     ("file,start,label\na.wav,0,crow\n", "no column of the event's end"),
     ("file,start_sample,end_sample,label\na.wav,0,16000,crow\n", "has times in sample"),

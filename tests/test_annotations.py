@@ -2,6 +2,7 @@
 import csv
 import io
 import math
+import os
 import random
 import time
 
@@ -10,6 +11,7 @@ from recordings import touch
 
 from data.annotations import explain_annotated, is_annotated, load_annotations
 from data.manifest import DataError
+from data.stream import safe_name
 from report.tracks import label_track, selection_table
 
 RAVEN = "Selection\tView\tChannel\tBegin Time (s)\tEnd Time (s)\tLow Freq (Hz)\tHigh Freq (Hz)"
@@ -90,6 +92,12 @@ def test_rows_doubled_by_view_count_once(tmp_path):
     assert spans(found) == [("a.wav", 1, 2, ("crow",)), ("a.wav", 3, 4, ("jay",)),
                             ("a.wav", 5, 6, ("jay",))]
     assert any("2 rows that Raven doubled by View" in note for note in found.notes)
+
+
+def test_decimal_commas(tmp_path):
+    touch(tmp_path, "a.wav")
+    write(tmp_path, "a.selections.txt", raven("1,5 2,25 crow").replace("100.0", "100,5"))
+    assert load_annotations(tmp_path).events == [("a.wav", 1.5, 2.25, ("crow",), 100.5, 8000.0)]
 
 
 def test_an_empty_table_says_that_nothing_is_there(tmp_path):
@@ -253,6 +261,15 @@ def test_a_name_that_lies_in_two_folders(tmp_path):
     refused("1.wav may be", "x/1.wav", "y/1.wav", data=tmp_path)
 
 
+def test_a_table_beside_its_recording_needs_no_folder(tmp_path):
+    touch(tmp_path, "x/1.wav", "y/1.wav", "y/1.flac")
+    columns = "Begin Path\tSpecies"
+    write(tmp_path, "x/1.selections.txt", raven("1 2 D:\\card\\1.wav crow", columns=columns))
+    write(tmp_path, "y/1.Table.1.selections.txt", raven("3 4 1.flac jay", columns=columns))
+    assert spans(load_annotations(tmp_path)) == [("x/1.wav", 1, 2, ("crow",)),
+                                                 ("y/1.flac", 3, 4, ("jay",))]
+
+
 def test_two_sites_are_not_taken_for_one(tmp_path):
     touch(tmp_path, "site2/1.wav")
     columns = "Begin Path\tFile Offset (s)\tSpecies"
@@ -302,10 +319,12 @@ def test_forms_side_by_side(tmp_path):
 
 def test_other_files_are_said(tmp_path):
     touch(tmp_path, "a.wav")
+    os.mkfifo(tmp_path / "pipe.csv")
+    write(tmp_path, "._a.selections.txt", b"\0\1")
     write(tmp_path, "a.selections.txt", raven("1 2 crow"))
     write(tmp_path, "README.txt", "Recordings of 2024, made by hand.\n")
     write(tmp_path, "binary.txt", b"\0\1\2")
-    assert any("README.txt, binary.txt" in note for note in load_annotations(tmp_path).notes)
+    assert any("README.txt, binary.txt, pipe.csv" in note for note in load_annotations(tmp_path).notes)
 
 
 # --- Audacity
@@ -382,6 +401,14 @@ def test_predictions_are_read_back_as_they_were_written(tmp_path):
         assert len(wanted) > 500 and spans(found) == sorted(wanted)
         assert {f"{event.start:.6f}" for event in found.events} == {row[1] for row in rows}
         assert len(found.recordings) == 40 and found.unlisted == []
+
+
+def test_a_name_that_predict_changed(tmp_path):
+    touch(tmp_path, "a?b.wav", "c.wav")
+    name = f"{safe_name('a?b.wav')}.Table.1.selections.txt"
+    assert "?" not in name
+    write(tmp_path, f"raven/{name}", raven("1 2 crow"))
+    assert load_annotations(tmp_path).recordings == ["a?b.wav"]
 
 
 # --- the front door
