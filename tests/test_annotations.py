@@ -324,7 +324,8 @@ def test_other_files_are_said(tmp_path):
     write(tmp_path, "a.selections.txt", raven("1 2 crow"))
     write(tmp_path, "README.txt", "Recordings of 2024, made by hand.\n")
     write(tmp_path, "binary.txt", b"\0\1\2")
-    assert any("README.txt, binary.txt, pipe.csv" in note for note in load_annotations(tmp_path).notes)
+    notes = load_annotations(tmp_path).notes
+    assert any("README.txt, binary.txt, pipe.csv" in note for note in notes)
 
 
 # --- Audacity
