@@ -242,6 +242,9 @@ def _find_recordings(rows, recordings, folder, missing):
         paths = dict.fromkeys(paths, own)  # the recording was renamed, its table too
         recordings.changed[next(iter(paths))] = own
     for text, path in paths.items():
+        if own is not None and path != own:
+            raise DataError(f"{table.path} is named after {own}, but its rows name {text}; rename "
+                            "the table or fix the rows")
         if path is None:
             missing[f"{text} of {table.path.name}"] += 1
     return [paths[text] for text in rows.recording]

@@ -261,6 +261,12 @@ def test_a_name_that_lies_in_two_folders(tmp_path):
     refused("1.wav may be", "x/1.wav", "y/1.wav", data=tmp_path)
 
 
+def test_a_table_named_after_one_recording_with_rows_of_another(tmp_path):
+    touch(tmp_path, "a.wav", "b.wav")
+    write(tmp_path, "a.selections.txt", raven("1 2 b.wav crow", columns="Begin File\tSpecies"))
+    refused("a.selections.txt is named after a.wav, but its rows name b.wav", data=tmp_path)
+
+
 def test_a_table_beside_its_recording_needs_no_folder(tmp_path):
     touch(tmp_path, "x/1.wav", "y/1.wav", "y/1.flac")
     columns = "Begin Path\tSpecies"
