@@ -94,7 +94,7 @@ def read_generic_seq(tables: list[Table], reading: Reading) -> list[Rows]:
         start, end = start_and_end(table, table.names.index("onset_s"),
                                    table.names.index("offset_s"))
         recording = recording_cells(table, table.names.index("notated_path"))
-        if "None" in recording:
+        if set(recording) == {"None"}:
             recording = None  # crowsetta writes it if the recording is not known
         all_rows.append(Rows(table, start, end, recording))
     return set_names(all_rows, reading, ("label",))

@@ -95,6 +95,8 @@ def test_generic_seq(tmp_path):
     path = write(tmp_path, "all.csv", header + "crow,0.0,3.0,0,48000,/x/a.wav,a.phn,0,0\n"
                                                "jay,3.0,6.0,48000,96000,/x/b.wav,b.phn,0,1\n")
     assert is_annotated(path) and spans(load_annotations(path)) == AB
+    path = write(tmp_path, "a.csv", header + "crow,0.0,3.0,0,48000,None,a.phn,0,0\n")
+    assert spans(load_annotations(path)) == AB[:1]
     path = write(tmp_path, "all.csv", (
         "label,onset_sample,offset_sample,notated_path,annot_path,sequence,annotation\n"
         "crow,0,48000,a.wav,a.phn,0,0\n"))
