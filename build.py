@@ -9,7 +9,7 @@ import torch
 
 import flags
 from core.device.compiled import compile_for
-from core.device.memory import largest_batch
+from core.device.memory import fits, largest_batch, single_clip_does_not_fit
 from core.device.shared_memory import workers_that_fit
 from core.folds import cross_validate
 from core.learner import Learner
@@ -169,8 +169,10 @@ def open_clips(args, manifest, learner) -> Clips:
     elif args.noise_p:
         clips.set_noise(args.noise_p, manifest.rows("train"))
     if args.cache in ("ram", "device") and not args.smoke:
-        clips.load_into_memory(device if args.cache == "device" else torch.device("cpu"),
-                               show_progress=ranks.is_first)
+        place = device if args.cache == "device" else torch.device("cpu")
+        if not fits(clips.load_into_memory, place, ranks.is_first):
+            print(f"cache: no room for the audio in the memory of {place}; it is read from the "
+                  "disk instead")
     return clips
 
 
@@ -192,12 +194,14 @@ def fit_to_device(args, learner: Learner, accumulate: Callable) -> int:
 
     size, ranks = args.batch_size, learner.distributed
     learner.model.train()
+    needs_moments = (learner.device.type == "cuda" and learner.optimizer.defaults.get("fused")
+                     and args.freeze_epochs < args.epochs)
+    # Now, because in the first step a smaller batch would be no help.
+    if needs_moments and not fits(learner.allocate_moments):
+        raise single_clip_does_not_fit()
     if size == "auto":
         sizes = divisors_up_to_share(args.effective_batch, ranks.size)
-        # AdamW's moments come later and need room, too.
-        moments = [torch.empty_like(p) for p in learner.model.parameters() for _ in range(2)]
         size = min(ranks.all_gather(largest_batch(sizes, attempt, learner.device)))
-        del moments
         print(f"--batch-size auto: {size} clips fit at once")
     if args.compile != "off":
         compile_for(learner, size, args.compile == "graphs", attempt)

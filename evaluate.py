@@ -17,6 +17,7 @@ import torch
 from core.device.precision import choose_precision, pick_device
 from core.exits import parse_args, run_script
 from core.run.checkpoint import Checkpoint, as_checkpoint_error, load_checkpoint
+from core.run.origin import own_run_info
 from core.scoring import Scorer, calibration_of, evaluate, find_checkpoint, restore
 from core.scoring.given_data import (
     READINGS,
@@ -47,7 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--split", default="test", choices=SPLITS, help="part of the run's own split (default: "
         "test)")
     add("--data", help="other data with the same classes, or the same data in another place; as "
-        "for train.py")
+        "for train.py. Needed for a checkpoint outside the folder of its run")
     add("--audio-dir", help="folder that the paths of a CSV given with --data are relative to")
     add("--data-is", choices=READINGS, help="how to read --data: same = the run's own data, with "
         "its split; other = score every clip (default: decided by what is in the files)")
@@ -76,8 +77,8 @@ def main(argv: list[str] | None = None) -> int:
                                  else args.amp)
     print(f"device: {device}, {precision.name} ({precision.reason})")
     model, frontend = restore(checkpoint, device)
-    with as_checkpoint_error(path):
-        cache_root = cache_folder(checkpoint["flags"]["cache_dir"])
+    info = own_run_info(checkpoint)
+    cache_root = cache_folder(info and info["flags"].get("cache_dir"))
     data = args.data and find_data(args.data, cache_root)
     manifest, rows, split, notes = evaluation_data(checkpoint, data, args.audio_dir, args.split,
                                                    args.data_is)
@@ -127,6 +128,8 @@ def open_clips(checkpoint: Checkpoint, manifest: Manifest, rate: int, cache_root
     """The waveforms, from the cache if the run used one, so that they are rounded alike."""
     was_cached = checkpoint["flags"].get("cache", "off") != "off"
     cache = WaveCache(cache_root / "audio", rate) if was_cached else None
+    if cache and cache.problem:
+        print(f"  {cache.problem}")
     return Clips(manifest, rate, checkpoint["clip"]["samples"], checkpoint["clip"]["short"],
                  cache=cache)
 
@@ -143,7 +146,11 @@ def restore_loss(checkpoint: Checkpoint, device: torch.device) -> torch.nn.Modul
 
 def evaluation_data(checkpoint: Checkpoint, data: str | None, audio_dir: str | None, split: str,
                     data_is: str | None = None) -> tuple[Manifest, np.ndarray, str, list[str]]:
-    """The clips to evaluate: (manifest with the checkpoint's classes, rows, split, notes)."""
+    """The clips to evaluate: (manifest with the checkpoint's classes, rows, split, notes).
+
+    Without `data` they are those of the run, if the checkpoint is in the folder of its run. Raises
+    DataError otherwise: a file from elsewhere must not choose what is read here.
+    """
     with as_checkpoint_error(checkpoint.path):
         manifest = Manifest.from_dict(checkpoint["manifest"])
         if manifest.classes != checkpoint["classes"]:
@@ -161,6 +168,10 @@ def evaluation_data(checkpoint: Checkpoint, data: str | None, audio_dir: str | N
             manifest, notes = other_data(manifest, compared)
             return manifest, np.arange(len(manifest)), "all", notes
         manifest, notes = own_data(manifest, compared)
+    elif own_run_info(checkpoint) is None:
+        raise DataError(f"{checkpoint.path}: not in the folder of its run, so the recordings that "
+                        f"it names in {manifest.root} are not read; give their folder or CSV with "
+                        "--data")
     rows = manifest.rows(split)
     if len(rows) == 0:
         present = [name for name in SPLITS if len(manifest.rows(name))]

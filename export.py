@@ -40,7 +40,7 @@ from model.ast import AST
 from model.frontend import Fbank, FrontendConfig
 from model.pretrained import load_pretrained, to_hub
 from report.card import DESCRIBED, model_card, usage_code
-from util import InputError, fsync_path
+from util import InputError, fsync_path, read_regular
 
 DEFAULT_OUT = {"hf": "hf", "onnx": "model.onnx", "torch": "model.pt2"}  # in the run folder
 HF_FILES = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
@@ -187,7 +187,7 @@ def is_own_export(path: Path, kind: str) -> bool:
     """Whether a file bears this script's mark."""
     try:
         if kind == "hf":
-            return MARK in json.loads(path.read_text(encoding="utf-8"))
+            return MARK in json.loads(read_regular(path))
         if kind == "onnx":
             import onnx
             properties = onnx.load(path, load_external_data=False).metadata_props
@@ -308,7 +308,7 @@ def stored_metrics(checkpoint: Path) -> tuple[dict | None, str]:
     if checkpoint.name != "best.pt":
         return None, f"without test metrics: those in {file.parent} are of best.pt"
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = json.loads(read_regular(file))
         metrics = {"n": int(stored["n"])}
         for key in ("accuracy", "macro_f1", "map"):
             low, high = stored[f"{key}_ci95"]

@@ -8,6 +8,7 @@ from core.device.distributed import launched_as
 from core.exits import parse_args
 from core.run import CheckpointError, RunError
 from core.run.checkpoint import Checkpoint, SaveTimer
+from data.audio import SHORT
 from data.cache import CACHES
 from data.named import SOURCES
 from data.sampling import SAMPLERS
@@ -153,14 +154,20 @@ def _add_data_flags(add):
     add("--split-from", None, str, "grown data: clips of this run keep their split, new ones are "
         "added (default: the run of --weights, if it has such clips)", metavar="RUN")
     add("--min-clips", 1, count(1), "leave out classes with fewer clips")
-    add("--max-bad-share", 0.05, SHARE, "largest share of unreadable files to start with")
-    add("--truncated", "use", ["use", "refuse"], "use what decodes of truncated recordings, or not")
-    add("--scan", "auto", ["auto", "full", "headers"], "decode every file once before training, or "
-        "read headers only (auto: full up to 5,000 files)")
-    add("--seconds", 4.0, number(0.1, 3600), "length of a training crop and an evaluation tile")
-    add("--short", "repeat", ["repeat", "pad"], "how to fill up clips that are shorter")
-    add("--crop", "random", ["random", "active", "start"], "how training crops of longer clips are "
-        "placed (active: biased towards loud segments)")
+    add("--max-bad-share", 0.05, SHARE, "stop if more than this share of the clips "
+        "cannot be read, before or during training")
+    add("--truncated", "use", ["use", "refuse"], "recordings that were cut off: use the part that "
+        "can be read, or leave them out")
+    add("--scan", "auto", ["auto", "full", "headers"], "check of the recordings before training: "
+        "full reads each to its end; headers reads only its beginning, which is faster but finds "
+        "damage further in only during training (auto: full for up to 5,000 clips)")
+    add("--seconds", 4.0, number(0.1, 3600), "length of the window that the model gets: "
+        "training takes one per epoch of a longer clip, evaluation as many as cover it")
+    add("--short", "repeat", SHORT, "clips shorter than --seconds: repeat them until they fill the "
+        "window, pad them with silence, or place them in silence at random. In a study, place did "
+        "better on quiet recordings, repeat on clips and in rain or waves: docs/training.md")
+    add("--crop", "random", ["random", "active", "start"], "part of a longer clip that is used "
+        "in an epoch: random; active: random, but loud parts more often; start: always its first")
 
 
 def _add_training_flags(add):
@@ -196,19 +203,28 @@ def _add_loss_flags(add):
 
 
 def _add_augmentation_flags(add):
-    add("--freq-mask", 0, count(0, 10_000), "SpecAugment: maximum width of the mel mask")
-    add("--time-mask", 0, count(0, 10**6), "SpecAugment: maximum width of the mask in frames")
-    add("--specaug-p", 0.8, SHARE, "SpecAugment: probability per clip")
-    add("--mixup-alpha", 0.0, number(0, 1000), "MixUp: Beta(alpha, alpha); 0 is off")
-    add("--mixup-p", 0.6, SHARE, "MixUp: probability per clip")
+    add("--freq-mask", 0, count(0, 10_000), "SpecAugment: hide a band of up to this many mel bands "
+        "of a spectrogram; 0 is off")
+    add("--time-mask", 0, count(0, 10**6), "SpecAugment: hide a stretch of up to this many frames "
+        "(columns) of a spectrogram; 0 is off")
+    add("--specaug-p", 0.8, SHARE, "SpecAugment: share of the clips that are masked; no effect "
+        "unless --freq-mask or --time-mask is above 0")
+    add("--mixup-alpha", 0.0, number(0, 1000), "MixUp: blend a clip and its labels with "
+        "another clip of the batch; 0 is off, higher values blend more evenly (the share is "
+        "drawn from Beta(alpha, alpha))")
+    add("--mixup-p", 0.6, SHARE, "MixUp: share of the clips that are blended; no effect unless "
+        "--mixup-alpha is above 0 and --batch-size above 1")
     add("--gain", 0.0, number(0, 200), "random gain: up to this many dB louder or softer")
-    add("--noise-p", 0.0, SHARE, "background noise from quiet segments of other training clips: "
-        "probability per clip")
+    add("--noise-p", 0.0, SHARE, "share of the clips that get background noise, taken from quiet "
+        "parts of other training clips")
     add("--noise-dir", None, str, "take that noise from the recordings in this folder instead")
-    add("--noise-snr", "5,30", snr_range, "range of the signal-to-noise ratio in dB",
+    add("--noise-snr", "5,30", snr_range, "how far the clip is above the added noise, in dB: "
+        "lowest and highest",
         metavar="LOW,HIGH")
-    add("--filter-p", 0.0, SHARE, "random high-pass or low-pass: probability per clip")
-    add("--shift-p", 0.0, SHARE, "circular shift in time: probability per clip")
+    add("--filter-p", 0.0, SHARE, "share of the clips that lose their high or their low "
+        "frequencies, by a random low-pass or high-pass filter")
+    add("--shift-p", 0.0, SHARE, "share of the clips that are shifted in time; what leaves at "
+        "the end comes back at the start")
     add("--patchout", 0.0, SHARE, "share of each clip's patches to leave out: faster, and "
         "regularises")
 
@@ -250,8 +266,21 @@ def _add_speed_flags(add):
         action="store_true")
     add("--compile", "off", ["off", "default", "graphs"], "torch.compile the model for full "
         "micro-batches; graphs: with CUDA graphs")
+    add("--deterministic", False, None, "use only operations that give the same bits each time, "
+        "which a GPU's fastest do not", action="store_true")
     add("--plain", False, None, "no fast paths, for debugging: no cache, no compiled model, no "
         "fused optimizer, wait for the GPU at each step", action="store_true")
+
+
+def active_augmentations(flags: dict) -> list[str]:
+    """The names of the augmentations that are on in `flags` (name -> value).
+
+    An augmentation has one flag with default 0, which is off; its other flags only refine it.
+    """
+    defaults = {}
+    _add_augmentation_flags(lambda flag, default, *_, **__: defaults.update(
+        {flag[2:].replace("-", "_"): default}))
+    return [name for name, default in defaults.items() if default == 0 and flags[name] != 0]
 
 
 # --- parsing ---

@@ -55,7 +55,7 @@ from flags import SHARE, count, number
 from metrics import apply_temperature
 from model.frontend import FrontendConfig
 from report import predictions
-from util import plural, printable, sha256_of, write_json
+from util import plural, printable, read_regular, sha256_of, write_json
 
 FORMATS = ("csv", "jsonl", "raven", "audacity")
 
@@ -262,7 +262,7 @@ def open_out(out: Path) -> dict | None:
         create_run(out, may_exist=True)
         (out / "parts").mkdir(exist_ok=True)
         predictions.remove_leftovers(out)
-        return json.loads((out / "settings.json").read_text(encoding="utf-8"))
+        return json.loads(read_regular(out / "settings.json"))
     except FileNotFoundError:
         return None
     except RunError as error:

@@ -32,7 +32,7 @@ from build import (
 from core import describe
 from core.device.distributed import Distributed
 from core.device.memory import is_out_of_memory, peak_memory_mb
-from core.device.precision import choose_precision, pick_device
+from core.device.precision import choose_precision, pick_device, use_deterministic
 from core.divergence import TrainingError, find_divergence
 from core.ema import EMA
 from core.exits import OK, TRAINING_FAILED, run_script
@@ -279,10 +279,12 @@ def main(argv: list[str] | None = None, resume_command: str | None = None) -> in
     if checkpoint is not None:
         args = flags.resumed(args, given, checkpoint)
         device = pick_device(args.device, distributed.local_rank)
+    if args.deterministic:
+        use_deterministic()
     manifest, bad_files = load_data(args, checkpoint, distributed)
     learner, loss, weights = build_learner(args, manifest, checkpoint, device, distributed)
+    clips = open_clips(args, manifest, learner)  # first, because a cache in memory takes some
     args.batch_size = fit_to_device(args, learner, accumulate)  # tries passes of rising size
-    clips = open_clips(args, manifest, learner)
     loader = TrainLoader(clips, manifest.rows("train"), args.batch_size, args.effective_batch,
                          args.seed, sampler=args.sampler, **loading(args, device))
     describe.print_model(learner, clips, args.weights)
@@ -295,6 +297,7 @@ def main(argv: list[str] | None = None, resume_command: str | None = None) -> in
         return OK if passed else TRAINING_FAILED
     if checkpoint is None:
         info = describe.run_info(learner, loader, weights, vars(args), len(bad_files))
+        info["augmentations"] = flags.active_augmentations(vars(args))
         # --resume auto may find the folder of a run that died before its first checkpoint.
         run.create(manifest, bad_files, info, may_exist=args.resume is not None)
         if distributed.is_first:
@@ -302,6 +305,7 @@ def main(argv: list[str] | None = None, resume_command: str | None = None) -> in
     else:
         learner.load_state_dict(checkpoint)
         run.load_state(checkpoint, calibration_of(checkpoint))
+        run.update_info(describe.run_info(learner, loader, weights, vars(args), len(bad_files)))
     constant = {  # parts of the checkpoint that stay the same
         "config": learner.model.config.to_dict(), "frontend": learner.frontend.config.to_dict(),
         "clip": {"samples": clips.samples, "short": args.short}, "classes": manifest.classes,

@@ -12,7 +12,7 @@ from transformers import ASTConfig as HubConfig
 from transformers import ASTForAudioClassification
 
 import train
-from core.device.compiled import Compiled
+from core.device.compiled import compile_for
 from core.device.precision import Precision, choose_precision
 from core.learner import Learner
 from data.augment import Augment
@@ -41,6 +41,7 @@ class Side:
     target: torch.Tensor  # (B,)
     precision: Precision
     logits_of: Callable = call_model
+    zero_grad: Callable | None = None  # default: drop the model's gradients
 
     def forward(self) -> torch.Tensor:
         with self.precision.autocast():
@@ -48,7 +49,10 @@ class Side:
 
     def forward_backward(self) -> None:
         F.cross_entropy(self.forward().float(), self.target).backward()
-        self.model.zero_grad(set_to_none=True)
+        if self.zero_grad:
+            self.zero_grad()
+        else:
+            self.model.zero_grad(set_to_none=True)
 
 
 class NoFrontend(torch.nn.Module):
@@ -72,11 +76,16 @@ def ours(specs, target, size, precision, compiled=None, patchout=0.0) -> Side:
                                 device=device if device.type == "cuda" else None)
     learner = Learner(model, NoFrontend(), Augment(), CrossEntropy(), optimizer, schedule,
                       precision, clip_grad=1.0, patchout=patchout)
-    if compiled:
-        learner.compiled = Compiled(model, len(specs[0]), graphs=compiled == "graphs")
     micro_batches = [Batch(spec, target, np.arange(len(spec)), []) for spec in specs]
+
+    def attempt(size):
+        train.accumulate(learner, micro_batches[:1], 0, size)
+        learner.zero_grad()
+
+    if compiled:
+        compile_for(learner, len(specs[0]), compiled == "graphs", attempt)
     return Side(lambda: train.train_step(learner, micro_batches, 0), learner.compiled or model,
-                specs[0], target, precision)
+                specs[0], target, precision, zero_grad=learner.zero_grad)
 
 
 def ours_at_once(specs, target, size, precision) -> Side:
@@ -198,8 +207,12 @@ def costliest_operations(side: Side, device: torch.device, most: int = 5) -> lis
     with torch.profiler.profile(activities=activities) as profile:
         side.step()
         synchronize(device)
+    # Only operations on the host's side, which have the time of the kernels that they started: the
+    # kernels are listed too, and would count twice.
+    operations = [event for event in profile.key_averages()
+                  if event.device_type == torch.autograd.DeviceType.CPU]
     spent = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
-             for event in profile.key_averages()}
+             for event in operations}
     total = sum(spent.values())
     costliest = sorted(spent.items(), key=lambda item: -item[1])[:most]
     return [f"  {name:<60} {time / total:.1%} of {total / 1e6:.2f} s" for name, time in costliest]

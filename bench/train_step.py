@@ -13,7 +13,8 @@ Sides:
   hub's model as in the system that this one replaces (padded to 1024 frames, float32 without CUDA).
 
 Weights are random: values do not change the time. The peak memory of each side is measured in a
-process of its own.
+process of its own. All sides are in memory at once: several times 1.5 GB with --size base, so use
+--size small on a small GPU.
 """
 
 import argparse

@@ -50,6 +50,10 @@ def ending_of(error: Exception) -> tuple[int, str] | None:
         return TRAINING_FAILED, str(error)
     if isinstance(error, (DistributedError, WorkerError)):
         return LOST_PROCESS, str(error)
+    if isinstance(error, RuntimeError) and "not have a deterministic" in str(error):
+        operation = str(error).split()[0]
+        return INVALID_INPUT, (f"--deterministic: torch has no deterministic {operation} for this "
+                               "device; start a run without the flag")
     if is_out_of_memory(error):
         return TRAINING_FAILED, ("out of memory outside of the training step; lower --batch-size "
                                  "or --eval-batch-size, then give the same command again")

@@ -54,7 +54,8 @@ class Learner:
         target = soft_target(self._to_device(batch.target), self.model.config.n_classes)
         noise = None if batch.noise is None else self._to_device(batch.noise)
         wave, target = self.augment.waves(wave, target, noise, epoch, batch.clip_ids)
-        spec = self.frontend(wave)
+        specs = [self.frontend(wave[part]) for part in self.splitter.slices(len(wave))]
+        spec = specs[0] if len(specs) == 1 else torch.cat(specs)
         silence = self.frontend.silence(spec)
         return self.augment.spectrograms(spec, silence, epoch, batch.clip_ids), target
 
@@ -89,6 +90,18 @@ class Learner:
         # CUDA graphs write gradients to fixed places, so these are zeroed instead of dropped.
         uses_graphs = self.compiled is not None and self.compiled.graphs
         self.optimizer.zero_grad(set_to_none=not uses_graphs)
+
+    def allocate_moments(self) -> None:
+        """Let the fused AdamW allocate its moments now instead of in the first step.
+
+        A step that is declared not finite does it, and leaves weights and counters alone.
+        """
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.found_inf = torch.ones((), device=self.device)
+        self.optimizer.step()
+        del self.optimizer.found_inf
+        self.zero_grad()
 
     def freeze_backbone(self, frozen: bool) -> None:
         """Train the head alone if `frozen`, else all parameters."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from core.device.memory import peak_memory_mb
+from core.device.memory import peak_memory_mb, reset_peak_memory
 from core.learner import Learner
 
 OVERFIT_SECONDS, SPEED_SECONDS, SPEED_STEPS = 30, 20, 20
@@ -27,6 +27,7 @@ def smoke_test(learner: Learner, steps: Iterator[list], train_step: Callable, n_
     print(f"smoke: one batch of {len(spec)}: loss {first_loss:.3f} to {last_loss:.4f}, "
           f"{accuracy:.0%} correct; gradients {gradients}")
 
+    reset_peak_memory(learner.device)  # the first part had an optimizer of its own
     n_clips, n_steps, started = 0, 0, time.perf_counter()
     applied = False
     while micro_batches and n_steps < SPEED_STEPS:
@@ -58,17 +59,17 @@ def overfit(learner: Learner, spec: torch.Tensor, target: torch.Tensor, steps: i
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trainable.values(), lr=lr)
-    losses, bad_names = [], set()
+    losses = []
+    are_finite = torch.ones(len(trainable), dtype=torch.bool, device=learner.device)
     deadline = time.perf_counter() + OVERFIT_SECONDS
     for _ in range(steps):
         with learner.precision.autocast():
             logits = model(spec)
         loss = loss_fn(logits, target).mean()
-        optimizer.zero_grad(set_to_none=True)
+        learner.zero_grad()
         loss.backward()
-        for name, parameter in trainable.items():
-            if parameter.grad is None or not torch.isfinite(parameter.grad).all():
-                bad_names.add(name)
+        # Read at the end, because each value that is read waits for a GPU.
+        are_finite &= torch.stack([has_finite_gradient(p) for p in trainable.values()])
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
@@ -79,8 +80,16 @@ def overfit(learner: Learner, spec: torch.Tensor, target: torch.Tensor, steps: i
         if is_learnt or time.perf_counter() > deadline:
             break
     model.load_state_dict(before)
-    optimizer.zero_grad(set_to_none=True)  # or the next step would add to these gradients
+    learner.zero_grad()  # or the next step would add to these gradients
+    bad_names = [name for name, finite in zip(trainable, are_finite.tolist()) if not finite]
     return losses[0], losses[-1], accuracy, sorted(bad_names)
+
+
+def has_finite_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A bool () on the parameter's device."""
+    if parameter.grad is None:
+        return torch.zeros((), dtype=torch.bool, device=parameter.device)
+    return parameter.grad.isfinite().all()
 
 
 def duration(seconds: float) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import soxr
+from numpy.typing import ArrayLike
 
 from .audio_file import (
     BLOCK,
@@ -24,6 +25,7 @@ from .audio_file import (
     raise_if_not_accessible,
     with_messages,
 )
+from .sound_print import SECONDS, sound_print
 
 __all__ = ["AccessError", "AudioError", "AudioFile", "AudioInfo", "TruncatedError"]
 
@@ -48,12 +50,17 @@ def probe(path: str | os.PathLike) -> AudioInfo:
 def check(path: str | os.PathLike) -> AudioInfo:
     """Decode the whole file, block by block. Its `frames` are those that decode.
 
+    Its `sound` is the print (data/sound_print.py) of the beginning, empty for silence.
     Raises AudioError if nothing decodes or a sample is impossible.
     """
     done, energy, mean_energy = 0, 0.0, 0.0
+    head = []  # mono, for the print
     with open_audio(path) as file:
+        head_frames = math.ceil(SECONDS * file.rate)
         try:
             for block in _decode(file, file.frames, BLOCK):
+                if done < head_frames:
+                    head.append(_to_mono(block[:head_frames - done]))
                 done += len(block)
                 if file.channels == 2:
                     energy += float(np.square(block, dtype=np.float64).mean(axis=1).sum())
@@ -66,8 +73,10 @@ def check(path: str | os.PathLike) -> AudioInfo:
         else:  # an MP3 may decode to fewer frames than its header estimates
             declared = file.declared if file.declared > file.frames else done
         opposite = mean_energy < CANCELLED * energy
+        sound = sound_print(np.concatenate(head), file.rate) if head else None
+        is_known = sound is not None and sound["words"].any()
         return AudioInfo(file.rate, done, file.channels, file.format, declared, opposite,
-                         tuple(file.messages))
+                         tuple(file.messages), sound.tobytes() if is_known else b"")
 
 
 def decode_mono(
@@ -213,16 +222,29 @@ def _decode_range(file, first, last, required):
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
 
-def fit(wave: np.ndarray, length: int, short: str) -> np.ndarray:
+SHORT = ("repeat", "pad", "place")  # what `fit` can do with a wave that is too short
+
+
+def fit(wave: np.ndarray, length: int, short: str, position: float = 0.5) -> np.ndarray:
     """Make a wave (samples,) exactly `length` samples long.
 
-    A longer wave is cut. A shorter wave is repeated (short="repeat") or padded with zeros ("pad").
+    A longer wave is cut. A shorter wave is repeated (short="repeat"), padded with zeros at its end
+    ("pad"), or placed among zeros ("place"). position: where, see `place_offset`.
     """
     if len(wave) >= length:
         return wave[:length]
     if short == "repeat":
         return np.resize(wave, length)
-    return np.pad(wave, (0, length - len(wave)))
+    before = int(place_offset(len(wave), length, position)) if short == "place" else 0
+    return np.pad(wave, (before, length - len(wave) - before))
+
+
+def place_offset(n_samples: ArrayLike, length: int, position: ArrayLike) -> np.ndarray:
+    """Zeros before n_samples placed in `length` samples: int64 in [0, length - n_samples].
+
+    position: in [0, 1). All offsets are equally likely if it is uniform; 0.5 is the middle.
+    """
+    return (np.asarray(position) * (length - np.asarray(n_samples) + 1)).astype(np.int64)
 
 
 def tile_starts(total: int, length: int, hop: int | None = None) -> list[int]:

@@ -8,7 +8,7 @@ import os
 import queue
 import stat
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import soundfile as sf
@@ -62,6 +62,7 @@ class AudioInfo:
     declared: int = 0  # samples per channel that the header declares, if those are more
     opposite: bool = False  # the channels cancel each other; only `check` sees this
     messages: tuple[str, ...] = ()  # that the decoder printed
+    sound: bytes = field(default=b"", compare=False, repr=False)  # PRINT, only by `check`
 
     @property
     def seconds(self) -> float:

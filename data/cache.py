@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import stat
 import struct
 import tempfile
 import zlib
@@ -20,7 +21,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .audio import AudioError, clip_range, fit, read
+from util import foreign_owner, is_own
+
+from .audio import AudioError, clip_range, fit, place_offset, read
 
 MAX_SECONDS = 30 * 60  # longer clips are not cached: only the needed part is decoded, each time
 DISK_RESERVE = 2 << 30  # bytes that stay free on the disk, for checkpoints
@@ -68,6 +71,9 @@ class WaveCache:
     replaced. An entry is renamed into place once it is complete, and each process checks its
     checksum once. So corrupt entries are ignored, and a full disk only disables caching.
 
+    A folder of another user is not used, and an entry of another user is ignored and replaced:
+    their owner could forge what the model hears.
+
     write: False reads existing entries but writes none.
     """
 
@@ -76,6 +82,11 @@ class WaveCache:
         self.rate = rate
         self.write = write
         self.problem: str | None = None  # why nothing is written any more
+        owner = foreign_owner(self.folder.parent.parent, self.folder.parent, self.folder)
+        self.is_used = owner is None
+        if owner:
+            self.write = False
+            self.problem = f"{owner}: not used, so no audio is cached; give another --cache-dir"
         self._verified = set()  # entries whose checksum was right
         self._last: CachedClip | None = None  # serves the next tile of the clip if write is False
 
@@ -114,17 +125,22 @@ class WaveCache:
 
     def _load(self, entry, source, start, length):
         """What `read` returns, or None without a valid entry for the source as it is now."""
+        if not self.is_used:
+            return None
         try:
-            handle = os.open(entry, os.O_RDONLY)
+            handle = os.open(entry, os.O_RDONLY | os.O_NONBLOCK)
         except OSError:
             return None
         try:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode) or not is_own(status):
+                return None
             header = os.pread(handle, HEADER.size, 0)
             if len(header) < HEADER.size:
                 return None
             magic, *entry_source, n_samples, scale, checksum = HEADER.unpack(header)
             size = HEADER.size + 2 * n_samples
-            if magic != MAGIC or tuple(entry_source) != source or os.fstat(handle).st_size != size:
+            if magic != MAGIC or tuple(entry_source) != source or status.st_size != size:
                 return None
             entry_key = int(entry.name[:14], 16) ^ checksum  # small, as there may be millions
             if entry_key not in self._verified:
@@ -188,19 +204,22 @@ def _state_of(raw):
 class InMemoryClips:
     """All clips of a manifest in one int16 tensor on a device.
 
-    fetch(row) returns ((samples,) int16, scale) or raises AudioError. It is called once for each of
-    the `n` rows, on several threads.
+    lengths: (n,) samples that each row has at most; a row may decode to fewer. fetch(row) returns
+    ((samples,) int16, scale) or raises AudioError. It is called once for each row, on several
+    threads.
     """
 
     def __init__(
         self,
-        n: int,
+        lengths: np.ndarray,
         fetch: Callable[[int], tuple[np.ndarray, float]],
         device: torch.device,
         show_progress: bool = False,
     ):
         self.reasons: dict[int, str] = {}  # row -> why it could not be read
-        self._first = np.zeros(n, np.int64)  # where the samples of each row begin
+        n = len(lengths)
+        ends = np.cumsum(lengths, dtype=np.int64)
+        self._first = ends - lengths  # where the samples of each row begin
         self._length = np.zeros(n, np.int64)
         self._scale = np.zeros(n, np.float32)
 
@@ -211,45 +230,54 @@ class InMemoryClips:
                 self.reasons[row] = str(error)
                 return np.zeros(0, np.int16), 0.0
 
-        tensors, first = [torch.zeros(0, dtype=torch.int16, device=device)], 0
+        # Allocated as a whole: joining the clips in the end would take twice the memory.
+        size = int(ends[-1]) if n else 0
+        self._samples = torch.zeros(size, dtype=torch.int16, device=device)
         with ThreadPoolExecutor(THREADS) as pool:
             clips = pool.map(fetch_or_note, range(n))
             clips = tqdm(clips, "decoding", n, leave=False, disable=not show_progress)
             for row, (samples, scale) in enumerate(clips):
-                self._first[row], self._length[row], self._scale[row] = first, len(samples), scale
-                first += len(samples)
-                tensors.append(torch.from_numpy(samples.copy()).to(device))
-        self._samples = torch.cat(tensors)
+                samples = samples[:lengths[row]]
+                self._length[row], self._scale[row] = len(samples), scale
+                place = slice(self._first[row], self._first[row] + len(samples))
+                self._samples[place] = torch.from_numpy(samples.copy())
 
     def cut(
-        self, rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray, samples: int, short: str
+        self, rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray, samples: int, short: str,
+        positions: np.ndarray,
     ) -> torch.Tensor:
         """Cut one part from each row. Returns (B, samples) float32 on the device.
 
-        rows, starts, lengths: (B,); a part ends with its row at the latest. A part shorter than
-        `samples` is repeated or padded as `short` says, see audio.fit.
+        rows, starts, lengths: (B,); a part ends with its row at the latest. short, positions (B,):
+        what happens to a part shorter than `samples`, see audio.fit.
         """
         lengths = np.minimum(lengths, self._length[rows] - starts)
         first, scale = self._first[rows] + starts, self._scale[rows]
         if self._samples.device.type != "cpu":
-            return _gather(self._samples, first, lengths, scale, samples, short)
+            return _gather(
+                self._samples, first, lengths, scale, samples, short, positions
+            )
         waves = np.empty((len(rows), samples), np.float32)
         for i in range(len(rows)):
             part = self._samples[first[i]:first[i] + lengths[i]].numpy()
-            waves[i] = fit(part * scale[i], samples, short)
+            waves[i] = fit(part * scale[i], samples, short, positions[i])
         return torch.from_numpy(waves)
 
 
-def _gather(flat, first, lengths, scale, samples, short):
+def _gather(flat, first, lengths, scale, samples, short, positions):
     """`InMemoryClips.cut` as a few operations over all rows, which suits a GPU."""
     def column(values):  # (B,) -> (B, 1) on the device
         return torch.from_numpy(values).to(flat.device, non_blocking=True)[:, None]
 
+    before = place_offset(np.minimum(lengths, samples), samples, positions)
     first, lengths, scale = column(first), column(lengths), column(scale)
     place = torch.arange(samples, device=flat.device)[None, :]
     if short == "repeat":
         return flat[first + place % lengths] * scale
-    return flat[first + place.minimum(lengths - 1)] * scale * (place < lengths)
+    if short == "place":
+        place = place - column(before)
+    inside = (place >= 0) & (place < lengths)
+    return flat[first + place.clamp(min=0).minimum(lengths - 1)] * scale * inside
 
 
 def choose_cache(

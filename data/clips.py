@@ -17,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch.utils.data import Dataset
 
-from .audio import AudioError, fit, read, tile_starts
+from .audio import SHORT, AudioError, fit, read, tile_starts
 from .cache import MAX_SECONDS, InMemoryClips, WaveCache
 from .clip_rng import Purpose, uniform
 from .manifest import Manifest
@@ -62,7 +62,8 @@ class Batch:
 class Clips(Dataset):
     """Waveforms of `samples` samples at `rate` Hz, one clip per row of a manifest.
 
-    short: "repeat" or "pad", see audio.fit.
+    short: what happens to clips shorter than that, see audio.fit. "place" draws a place per epoch
+        in training and takes the middle in evaluation.
     cache: a WaveCache, or None to decode the needed part of a clip each time.
     crop: how training crops are placed: "random", "start", or "active" (biased to loud segments).
     """
@@ -77,8 +78,8 @@ class Clips(Dataset):
         cache: WaveCache | None = None,
         crop: str = "random",
     ):
-        if short not in ("repeat", "pad"):
-            raise ValueError(f"short is {short!r}: use repeat or pad")
+        if short not in SHORT:
+            raise ValueError(f"short is {short!r}: use {', '.join(SHORT)}")
         self.manifest = manifest
         self.rate = rate
         self.samples = samples
@@ -128,7 +129,7 @@ class Clips(Dataset):
                 self.manifest.file(row), int(self.begin[row]), int(self.total[row])
             )
 
-        self.in_memory = InMemoryClips(len(self), fetch, device, show_progress)
+        self.in_memory = InMemoryClips(self.total, fetch, device, show_progress)
 
     def crop_start(self, clip_ids: ArrayLike, epoch: int) -> np.ndarray:
         """Starts of the training crops of clips (n,) in an epoch, in samples: (n,) int64."""
@@ -184,13 +185,14 @@ class Clips(Dataset):
             clip_ids = np.array([key.clip_id for key in keys], np.int64)
             starts = self.crop_start(clip_ids, epoch)
             noise = self._noise(clip_ids, epoch)
+            positions = uniform(self.seed, epoch, clip_ids, "place", 1)[:, 0]
         else:
             clip_ids = np.array([row for row, _ in keys], np.int64)
             starts = np.array([start for _, start in keys], np.int64)
-            noise = None
+            noise, positions = None, None
 
         rows = clip_ids % len(self)
-        wave, readable, broken = self._waves(rows, starts)
+        wave, readable, broken = self._waves(rows, starts, self.short, positions)
         rows = rows[readable]
         if self.manifest.multi_label:
             target = self.manifest.targets(rows)
@@ -208,17 +210,20 @@ class Clips(Dataset):
 
     __getitems__ = batch  # DataLoader calls this with the keys of a batch
 
-    def _waves(self, rows, starts):
+    def _waves(self, rows, starts, short, positions=None):
         """(readable, samples) float32, a mask of readable rows (B,), [(row, reason)] of others."""
+        if positions is None:
+            positions = np.full(len(rows), 0.5)  # the middle
         if self.in_memory is not None:
-            return self._waves_in_memory(rows, starts)
+            return self._waves_in_memory(rows, starts, short, positions)
         wave = np.empty((len(rows), self.samples), np.float32)
         readable = np.ones(len(rows), bool)
         broken = []
         for i, (row, start) in enumerate(zip(rows.tolist(), starts.tolist())):
             length = min(self.samples, int(self.total[row]) - start)
             try:
-                wave[i] = fit(self._read(row, start, length), self.samples, self.short)
+                part = self._read(row, start, length)
+                wave[i] = fit(part, self.samples, short, positions[i])
             except AudioError as error:
                 readable[i] = False
                 broken.append((row, str(error)))
@@ -226,13 +231,13 @@ class Clips(Dataset):
             wave = wave[readable]
         return torch.from_numpy(wave), readable, broken
 
-    def _waves_in_memory(self, rows, starts):
+    def _waves_in_memory(self, rows, starts, short, positions):
         reasons = self.in_memory.reasons
         broken = [(row, reasons[row]) for row in rows.tolist() if row in reasons]
         readable = np.array([row not in reasons for row in rows.tolist()], bool)
-        rows, starts = rows[readable], starts[readable]
+        rows, starts, positions = rows[readable], starts[readable], positions[readable]
         lengths = np.minimum(self.samples, self.total[rows] - starts)
-        wave = self.in_memory.cut(rows, starts, lengths, self.samples, self.short)
+        wave = self.in_memory.cut(rows, starts, lengths, self.samples, short, positions)
         return wave, readable, broken
 
     def _noise(self, clip_ids, epoch):
@@ -251,8 +256,10 @@ class Clips(Dataset):
         rows = self._noise_rows[choice % len(self._noise_rows)]
         spare = np.maximum(0, source.total[rows] - self.samples)
         starts = (u[:, 2] * (spare + 1)).astype(np.int64)
+        # Noise fills the window, so a short noise row is not placed in silence.
+        short = "repeat" if source.short == "place" else source.short
         # A broken noise row gives no noise; it is reported when it comes as a clip.
-        waves, readable, _ = source._waves(rows[noisy], starts[noisy])
+        waves, readable, _ = source._waves(rows[noisy], starts[noisy], short)
         noise = waves.new_zeros(len(clip_ids), self.samples)
         noisy[noisy] = readable
         return noise.index_copy_(0, _indices(noisy, noise), waves)

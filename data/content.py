@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from util import open_regular
+
 PIECE = 4096  # bytes at the start, middle and end of a file that its key covers
 UNKNOWN = 0  # the key of a file that cannot be read
 
@@ -14,7 +16,7 @@ UNKNOWN = 0  # the key of a file that cannot be read
 def content_key(path: str | os.PathLike) -> int:
     """A 63-bit key of a file's size and three pieces of it; UNKNOWN if it cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             digest = hashlib.blake2b(str(size).encode(), digest_size=8)
             for start in (0, size // 2, max(0, size - PIECE)):

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from util import read_regular, unescape_cell
+
 from .files import suffix
 from .manifest import DataError
 
@@ -38,13 +40,14 @@ def read_table(path: Path) -> Table:
     """Read a table in UTF-8 or Windows-1252; its header tells the separator.
 
     Skipped are empty rows, lines with # above the header, and Excel's line sep=;. In a table with
-    tabs, a quote is special only if it encloses a whole field.
+    tabs, a quote is special only if it encloses a whole field. An apostrophe that keeps a cell
+    from being a formula is removed, see `util.escape_cell`.
 
     Raises DataError if it cannot be read, has no rows, has a row longer than the header or a quote
     that is not closed.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+        text = read_regular(path).decode("utf-8-sig", "surrogateescape")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}; fix the file") from None
     if "\0" in text.split("\n", 1)[0]:
@@ -63,6 +66,7 @@ def read_table(path: Path) -> Table:
             raise DataError(f"{path} row {number}: {len(row)} fields under a header of "
                             f"{len(header)}; put quotes around a field that contains the separator")
         row += [""] * (len(header) - len(row))
+        row[:] = [unescape_cell(cell) for cell in row]
     return Table(path, header, [number for number, _ in lines], [row for _, row in lines])
 
 

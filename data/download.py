@@ -12,13 +12,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from util import write_json
+from util import SpeedLimit, write_json
 
 from .archive import ArchiveError
 
 TRIES = 4  # in a row without progress
 PAUSE = 1.0  # seconds before the second try; doubled before each further one
 TIMEOUT = 60  # seconds without a byte
+LEAST_SPEED, SPEED_SECONDS = 10_000, 60.0  # bytes/s over this time, or a try is given up
 PROGRESS = 10 << 20  # bytes that a try must bring to start the count of tries again
 
 
@@ -140,9 +141,11 @@ def _append(response, url, part, n_bytes, total, max_bytes, title):
     """Write the rest of the response behind the first `n_bytes`. -> bytes in `part`."""
     bar = tqdm(total=total, initial=n_bytes, desc=title, unit="B", unit_scale=True, leave=False,
                disable=not sys.stderr.isatty())
+    limit = SpeedLimit(LEAST_SPEED, SPEED_SECONDS)
     with open(part, "ab" if n_bytes else "wb") as file, bar:
         while block := response.read1(1 << 20):
             file.write(block)
+            limit.add(len(block))
             n_bytes += len(block)
             bar.update(len(block))
             if n_bytes > max_bytes:

@@ -4,6 +4,8 @@ import zlib
 
 import numpy as np
 
+from util import open_regular
+
 from .manifest import DataError, Manifest
 from .scan import scan
 
@@ -61,7 +63,7 @@ def _size(path):
 
 def _checksum(path, size):
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             file.seek(max(0, size // 2 - BLOCK // 2))
             return zlib.crc32(file.read(BLOCK))
     except OSError:

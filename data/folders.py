@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 from sys import intern
 
-from util import plural, summarize
+from util import plural, read_regular, summarize
 
 from .audio import AUDIO_SUFFIXES
 from .build import build_manifest
@@ -131,6 +131,6 @@ def _refuse_without_clips(folder, paths, loose, ignored):
 
 def _read_words(path):
     try:
-        return path.read_bytes().decode("utf-8", "surrogateescape").split()
+        return read_regular(path).decode("utf-8", "surrogateescape").split()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; make it readable") from None

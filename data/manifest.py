@@ -11,6 +11,8 @@ import numpy as np
 
 from util import InputError
 
+from .sound_print import SHORT
+
 SPLITS = ("train", "val", "test")
 MAX_DURATION, MAX_TOTAL_DURATION = 1e6, 1e8  # seconds of a clip and of all: 11 days, 3 years
 
@@ -18,7 +20,7 @@ MAX_DURATION, MAX_TOTAL_DURATION = 1e6, 1e8  # seconds of a clip and of all: 11 
 COLUMN_TYPES = {
     "labels": np.int32, "start": np.float32, "end": np.float32, "group": np.int32,
     "split": np.int8, "fold": np.int16, "duration": np.float32, "label_set": np.int32,
-    "content": np.int64,
+    "content": np.int64, "sound": np.dtype((np.void, SHORT.itemsize)),
 }
 
 
@@ -69,6 +71,7 @@ class Manifest:
     label_set: np.ndarray | None = None  # (n,) int32 index into label_sets; None: single label
     label_sets: list[LabelSet] = field(default_factory=list)  # distinct sets
     content: np.ndarray | None = None  # (n,) int64 key of each file (data/content.py), or unknown
+    sound: np.ndarray | None = None  # (n,) SHORT print of each file (data/sound_print.py) as bytes
     sources: dict[str, str] = field(default_factory=dict)  # {"label": "column species"} and so on
 
     def __len__(self) -> int:
@@ -201,7 +204,8 @@ class Manifest:
         The dict may come from a file that somebody else wrote. Raises ValueError, TypeError,
         KeyError, AttributeError or OverflowError if it is not valid.
         """
-        later = {"label_set": None, "label_sets": [], "content": None, "sources": {}}
+        later = {"label_set": None, "label_sets": [], "content": None, "sound": None,
+                 "sources": {}}
         fields = {**later, **plain}  # older checkpoints lack some
         fields["root"] = Path(plain["root"])
         fields["paths"] = [native_path(path) for path in plain["paths"]]

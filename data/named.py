@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from util import foreign_owner
+
 from .archive import ArchiveError, check_archive, unpack
 from .download import DownloadError, discard, download, size_of
 from .manifest import DataError
@@ -120,6 +122,10 @@ def fetch(name: str, cache: str | os.PathLike, log: Callable[[str], None] = prin
     source = SOURCES[name]
     folder = Path(os.path.abspath(cache)) / "datasets"
     home = folder / name
+    owner = foreign_owner(folder.parent, folder, home)
+    if owner:
+        raise DataError(f"--data {name}: {owner}, who could exchange the recordings; give another "
+                        f"--cache-dir, or --data {home} to use them as they are")
     if home.is_dir():
         return home
     with _explain_disk_errors(name, folder):

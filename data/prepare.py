@@ -12,11 +12,12 @@ from .demo import write_demo
 from .files import find_audio, find_outage
 from .folds import assign_folds
 from .load import load_manifest
-from .manifest import SPLITS, DataError, Manifest
+from .manifest import COLUMN_TYPES, SPLITS, DataError, Manifest
 from .named import find_data
 from .old_split import OldRun, extend_split
 from .overview import class_lines, source_lines, warning_lines
 from .scan import refuse_truncated, scan, summary
+from .sound_print import shorten
 from .splits import assign_splits, audit, drop_rare
 
 DEMO = Path(__file__).parents[1] / "demo_data"
@@ -67,7 +68,7 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
         manifest = manifest.single_label()
     result = _scan(manifest, data, cache, scan_mode, truncated)
     log(f"data: {manifest.root}")
-    _log_indented(log, manifest.notes + summary(result, manifest))
+    _log_indented(log, manifest.notes + summary(result, manifest) + _describe_unchecked(result))
     # Into run.json: which clips are shorter than they claim, and why.
     manifest.notes += [f"{manifest.paths[row]}: {reason}"
                        for row, reason in list(result.truncated.items())[:MAX_NOTES]]
@@ -75,7 +76,7 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
 
     lines = []
     if n_folds:  # before clips are left out, so that the folds stay if a file breaks
-        lines += assign_folds(manifest, result.duplicates, n_folds, seed)
+        lines += assign_folds(manifest, result.copies, n_folds, seed)
     n_scanned = len(manifest)
     rows = np.flatnonzero(result.ok)
     manifest = manifest.select(rows)
@@ -85,14 +86,18 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
         rows = rows[is_frequent]
         lines += dropped
     manifest.content = content_keys(manifest.root, manifest.paths)
+    if result.prints is not None:
+        manifest.sound = shorten(result.prints[rows]).view(COLUMN_TYPES["sound"])
     duplicates = _renumber(result.duplicates, rows, n_scanned)
+    copies = _renumber(result.copies, rows, n_scanned)
+    near = [pair for pair in _renumber(result.near, rows, n_scanned) if len(pair) == 2]
     if old is not None and fold is None:
-        lines += extend_split(manifest, duplicates, old, seed=seed)
+        lines += _extend_split(manifest, copies, duplicates, old, seed)
     _log_indented(log, class_lines(manifest) + source_lines(manifest))
-    lines += assign_splits(manifest, duplicates, seed=seed, fold=fold)
+    lines += assign_splits(manifest, copies, seed=seed, fold=fold)
     lines += warning_lines(manifest, by_fold=fold is not None)
     lines += _describe_missing_multi_label(manifest)
-    lines += [f"LEAK: {line}" for line in audit(manifest, duplicates)]
+    lines += [f"LEAK: {line}" for line in audit(manifest, duplicates, near)]
     manifest.notes += lines
     _log_indented(log, lines)
     for split in SPLITS:
@@ -100,6 +105,22 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
             raise DataError(f"--data {data}: no clip is left for {split}; give more recordings, or "
                             "a split column")
     return manifest, bad
+
+
+def _describe_unchecked(result):
+    """A line on what a scan of headers cannot find."""
+    if result.full or result.prints is not None:
+        return []
+    return ["not checked, since only headers were read: copies in another format, rate or gain "
+            "(--scan full finds them)"]
+
+
+def _extend_split(manifest, copies, duplicates, old, seed):
+    """The lines of `extend_split`. Splits of older runs may divide near-identical recordings."""
+    try:
+        return extend_split(manifest, copies, old, seed=seed)
+    except DataError:
+        return extend_split(manifest, duplicates, old, seed=seed)
 
 
 def _scan(manifest, data, cache, scan_mode, truncated):

@@ -1,12 +1,11 @@
 """Which training clips an epoch has, in which order, and how much of each clip the crops cover."""
-import csv
 import os
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from util import atomic_write
+from util import CsvWriter, atomic_write
 
 from .clip_rng import Purpose, uniform
 
@@ -126,7 +125,7 @@ def write_coverage(loader: "TrainLoader", epochs: int, path: str | os.PathLike) 
     tenths = crops_by_tenth(rows, starts, clips.total, clips.samples)
 
     with atomic_write(path) as file:
-        out = csv.writer(file)
+        out = CsvWriter(file)
         out.writerow(["path", "start", "seconds", "crops", "share_covered", "crops_by_tenth"])
         for row in loader.rows.tolist():
             out.writerow([

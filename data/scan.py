@@ -3,21 +3,22 @@
 A scan reads headers, or with full=True decodes every file once. It saves what it saw in an index,
 so that the next scan opens only files that are new or have changed.
 """
-import csv
 import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from util import atomic_write, plural, printable, sha256_of, summarize
+from util import CsvWriter, atomic_write, plural, printable, sha256_of, summarize
 
 from . import scan_index
 from .audio import AccessError, AudioError, AudioInfo, check, probe
 from .grouping import factorize, indices_by_value, is_repeated
 from .manifest import Manifest
+from .near import connect, describe_near, pairs_of_clips
+from .sound_print import PRINT, near_pairs
 
 WORKERS = min(8, 2 * (os.cpu_count() or 1))  # libsndfile works without the GIL
 PIECE = 4096  # bytes at the start, middle and end of a file that its fingerprint covers
@@ -40,6 +41,10 @@ class Scan:
     truncated: dict[int, str]  # row that is ok -> its file ends early, and how much it has
     opposite: np.ndarray  # (n,) bool: the channels cancel each other, so one of them is used
     file_seconds: np.ndarray | None = None  # (n,) float32 length of each clip's file; 0 if bad
+    # (k, 2) rows of near-identical clips (data/near.py); byte-identical files count once.
+    near: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    copies: list[list[int]] = field(default_factory=list)  # rows of equal or near-identical files
+    prints: np.ndarray | None = None  # (n,) PRINT of each clip's file; 0 if not known
 
 
 def scan(manifest: Manifest, index: str | os.PathLike | None, full: bool) -> Scan:
@@ -58,10 +63,11 @@ def scan(manifest: Manifest, index: str | os.PathLike | None, full: bool) -> Sca
     try:
         files.inspect(full)
         duplicate_files = files.find_duplicates()
+        near_files, prints = files.find_near(duplicate_files)
     finally:  # also on Ctrl-C: what was seen need not be seen again
         notes = files.describe_messages()
         if index is not None and files.opened.any():
-            notes += scan_index.save(index, files.records, files.texts)
+            notes += scan_index.save(index, files.records, files.texts, files.prints)
 
     records = files.records
     ok = records["ok"][file_of]
@@ -86,7 +92,10 @@ def scan(manifest: Manifest, index: str | os.PathLike | None, full: bool) -> Sca
         duplicates=_rows_of_files(duplicate_files, file_of), full=full,
         seconds=time.perf_counter() - began, n_files=len(records),
         n_opened=int(files.opened.sum()), notes=notes,
-        file_seconds=np.where(records["ok"][file_of], file_seconds, 0))
+        file_seconds=np.where(records["ok"][file_of], file_seconds, 0),
+        near=pairs_of_clips(manifest, file_of, near_files),
+        copies=_rows_of_files(connect(near_files, duplicate_files), file_of),
+        prints=None if prints is None else prints[file_of])
 
 
 def summary(scan: Scan, manifest: Manifest) -> list[str]:
@@ -123,6 +132,7 @@ def summary(scan: Scan, manifest: Manifest) -> list[str]:
         verb = "is" if n_copies == 1 else "are"
         lines.append(f"{plural(n_copies, 'file')} {verb} byte-identical to another, e.g. {first} = "
                      f"{second}")
+    lines += describe_near(manifest, scan.near)
     return [printable(line) for line in lines + scan.notes]
 
 
@@ -146,7 +156,7 @@ def refuse_truncated(scan: Scan) -> None:
 def write_bad_files(bad: Iterable[tuple[str, str]], path: str | os.PathLike) -> None:
     """Write a CSV of (path, reason) pairs, each pair once."""
     with atomic_write(path) as file:
-        writer = csv.writer(file)
+        writer = CsvWriter(file)
         writer.writerow(["path", "reason"])
         writer.writerows(dict.fromkeys(map(tuple, bad)))
 
@@ -163,7 +173,7 @@ class _Files:
         self.opened = np.zeros(n, bool)
         self.messages = {}  # file -> what its decoder printed
         self._stat()
-        self.texts = scan_index.recall(self.records, index)
+        self.texts, self.prints = scan_index.recall(self.records, index)
 
     def path(self, i):
         return self.prefix + self.paths[i]
@@ -202,11 +212,14 @@ class _Files:
         if not record["ok"]:
             self.texts.pop(i, None)  # an old reason
         record["ok"] = record["decoded"] = False
+        self.prints.pop(i, None)
         try:
             info = probe(self.path(i))
             if full:
                 record["decoded"] = True
                 info = check(self.path(i))
+                if info.sound:
+                    self.prints[i] = info.sound
             record["rate"], record["channels"] = info.rate, info.channels
             record["frames"], record["declared"] = info.frames, info.declared
             record["opposite"] = info.opposite
@@ -249,6 +262,21 @@ class _Files:
         candidates = candidates[records["ok"][candidates]]
         content = factorize(self.texts[i] for i in candidates.tolist())
         return [candidates[same] for same in indices_by_value(content) if len(same) > 1]
+
+    def find_near(self, duplicate_files):
+        """((k, 2) near-identical files, (n,) PRINT of each file or None if no file has one).
+
+        Byte-identical files count once.
+        """
+        files = np.array(sorted(i for i in self.prints if self.records["ok"][i]), np.int64)
+        if len(files) == 0:
+            return np.zeros((0, 2), np.int64), None
+        prints = np.zeros(len(self.records), PRINT)
+        prints[files] = np.frombuffer(b"".join(self.prints[i] for i in files.tolist()), PRINT)
+        copies = [i for same in duplicate_files for i in same[1:]]
+        files = np.setdiff1d(files, copies)
+        seconds = self.records["frames"][files] / self.records["rate"][files]
+        return files[near_pairs(prints[files], seconds)], prints
 
     def _read(self, take, files):
         """take(file) for each file. A file that has vanished since its header was read is bad."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from util import atomic_write, plural, printable, summarize
+from util import CsvWriter, atomic_write, plural, printable, summarize
 
 from .folds import NO_FOLD
 from .grouping import indices_by_value
@@ -25,7 +25,7 @@ def assign_splits(manifest: Manifest, duplicates: Sequence[Sequence[int]], val: 
     2. Splits that the data gives.
     3. The first fold of the data.
     4. New splits: `val` and `test` are the target shares of each class's clips. No group and no set
-       of byte-identical files (`duplicates`, lists of rows) is divided. The result depends on the
+       of copies (`duplicates`, lists of rows) is divided. The result depends on the
        paths and the seed, not on the order of the rows.
     If val or test is missing it is made out of train.
 
@@ -99,11 +99,12 @@ def _check_train_has_all_classes(manifest):
                             "some of its clips to train, or remove the class")
 
 
-def audit(manifest: Manifest, duplicates: Sequence[Sequence[int]]) -> list[str]:
+def audit(manifest: Manifest, duplicates: Sequence[Sequence[int]],
+          near: Sequence[Sequence[int]] = ()) -> list[str]:
     """Describe leaks between the splits, a line for each kind with an example; [] if there is none.
 
     Only splits or folds that come with the data can leak. Equal files with different labels are
-    reported for any splits.
+    reported for any splits. near: pairs of rows of near-identical clips.
     """
     def split(row):
         return SPLITS[manifest.split[row]]
@@ -118,6 +119,8 @@ def audit(manifest: Manifest, duplicates: Sequence[Sequence[int]]) -> list[str]:
         ("group", f"({manifest.group_source}) in two splits", _divided_groups(manifest), split),
         ("set", "of byte-identical files with two labels", equal_stretches.values(),
          manifest.label_text),
+        ("pair", "of near-identical clips in two splits", near, split),
+        ("pair", "of near-identical clips with two labels", near, manifest.label_text),
     ]
     lines = []
     for noun, problem, sets, value_of in checks:
@@ -181,7 +184,7 @@ def write_split(manifest: Manifest, path: str | os.PathLike) -> None:
     column `unknown` follows.
     """
     with atomic_write(path) as file:
-        writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC)  # keeps blanks and line breaks
+        writer = CsvWriter(file, quoting=csv.QUOTE_NONNUMERIC)  # keeps blanks and line breaks
         writer.writerow([*COLUMNS, "unknown"] if manifest.multi_label else COLUMNS)
         writer.writerows(_fields(manifest))
 

@@ -17,6 +17,7 @@ import numpy as np
 import soxr
 
 from .audio import (
+    SHORT,
     AudioError,
     AudioFile,
     AudioInfo,
@@ -43,7 +44,7 @@ class Windows:
     """How recordings are cut into windows.
 
     Windows of `samples` samples start every `hop` samples. The last one is moved back to end with
-    the recording. short: "repeat" or "pad" for recordings shorter than a window, see audio.fit.
+    the recording. short: for recordings shorter than a window, see audio.fit.
     """
     rate: int  # Hz
     samples: int
@@ -51,7 +52,7 @@ class Windows:
     short: str
 
     def __post_init__(self):
-        if self.short not in ("repeat", "pad") or not 0 < self.hop <= self.samples:
+        if self.short not in SHORT or not 0 < self.hop <= self.samples:
             raise ValueError(f"windows of {self.samples} samples, hop {self.hop}, {self.short!r}")
 
     def total(self, info: AudioInfo) -> int:

@@ -6,7 +6,6 @@ A finished run is not repeated; an interrupted one is resumed. The table and the
 
 import argparse
 import contextlib
-import csv
 import json
 import multiprocessing
 import os
@@ -27,6 +26,7 @@ from summary import write_summary
 
 import train
 from core.exits import run_script
+from util import csv_rows
 
 WORK, RESULTS = HERE / "work", HERE / "results"
 START = WORK / "pretrained" / "best.pt"  # written by pretrain.py
@@ -169,4 +169,4 @@ def read_result(folder: Path) -> RunResult:
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return list(csv.DictReader(file))
+        return list(csv_rows(file))

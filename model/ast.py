@@ -196,7 +196,8 @@ class AST(nn.Module):
         for i, block in enumerate(self.blocks):
             noise = None if drop_noise is None else drop_noise[:, 2 * i:2 * i + 2]
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, noise, use_reentrant=False)
+                # A block draws no random numbers, so torch need not restore their state.
+                x = checkpoint(block, x, noise, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, noise)
         return self.pool(x)
@@ -204,7 +205,7 @@ class AST(nn.Module):
     def embed(self, x: Tensor, patch_ids: Tensor | None = None) -> Tensor:
         """(B, n_mels, frames) -> (B, N, dim), with positions: cls, dist, patches row by row."""
         self._check_shape(x)
-        x = self.patch_embed(x.unsqueeze(1))  # (B, dim, rows, columns)
+        x = self._embed_patches(x.unsqueeze(1))  # (B, dim, rows, columns)
         positions = fit_positions(self.pos_embed, self.config.grid, x.shape[2:])
         x = x.flatten(2).transpose(1, 2)  # (B, rows * columns, dim)
         extra = torch.cat([self.cls_token, self.dist_token], dim=1).expand(x.shape[0], -1, -1)
@@ -213,6 +214,16 @@ class AST(nn.Module):
             index = patch_ids[:, :, None].expand(-1, -1, x.shape[2])
             x = torch.cat([x[:, :N_EXTRA_TOKENS], x[:, N_EXTRA_TOKENS:].gather(1, index)], dim=1)
         return x
+
+    def _embed_patches(self, x):
+        """(B, 1, n_mels, frames) -> (B, dim, rows, columns)."""
+        _, columns = self.config.patches(x.shape[3])
+        if columns > 1 or x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return self.patch_embed(x)
+        # For one column oneDNN's bf16 convolution on CPUs with AMX gives wrong values or NaNs
+        # (torch 2.11, more than four rows), so this one is computed in float32.
+        with torch.autocast("cpu", enabled=False):
+            return self.patch_embed(x.float())
 
     def pool(self, x: Tensor) -> Tensor:
         """Output of the last block (B, 2, dim) -> (B, dim): mean of the normalised tokens."""

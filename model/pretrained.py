@@ -4,48 +4,30 @@ Sources: the AudioSet weights by name (pinned revision and SHA-256), timm's dist
 or a file: the AST authors' `.pth`, the Hugging Face hub's safetensors (or a folder with them, as
 `export.py --to hf` writes it), or a checkpoint of this program. `to_hub` converts the other way.
 """
-import contextlib
-import hashlib
-import json
-import os
-import pickle
 import re
-import socket
-import threading
-import urllib.parse
-import urllib.request
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from util import InputError, sha256_of, summarize
+from util import summarize
 
 from .ast import AST, N_EXTRA_TOKENS, ASTConfig, fit_positions
 from .frontend import FrontendConfig
+from .weight_sources import (
+    AUDIOSET,
+    IMAGENET,
+    NAMES,
+    WeightsError,
+    check_available,
+    read_weights,
+)
 
-AUDIOSET = {
-    "repo_id": "MIT/ast-finetuned-audioset-10-10-0.4593",
-    "revision": "f826b80d28226b62986cc218e5cec390b1096902",
-    "filename": "model.safetensors",
-    "size": 346_404_948,
-    "sha256": "ae0c1e2ad4e1381d851fa9bf298ba13ebc9c5a914cdee2dbe427a6583869924d",
-}
-IMAGENET = {  # the DeiT of each dim that the AST authors started from
-    192: "deit_tiny_distilled_patch16_224",
-    384: "deit_small_distilled_patch16_224",
-    768: "deit_base_distilled_patch16_384",
-}
-NAMES = ("audioset", "imagenet")
+__all__ = ["AUDIOSET", "IMAGENET", "NAMES", "SIZES", "LoadReport", "WeightsError",
+           "check_available", "load_pretrained", "to_hub"]
 SIZES = {(768, 12): "base", (384, 12): "small", (192, 12): "tiny"}  # by (dim, depth)
-
-
-class WeightsError(InputError):
-    """Weights that cannot be loaded: one line with the source, the problem and how to fix it."""
 
 
 @dataclass
@@ -74,17 +56,6 @@ class LoadReport:
         return lines
 
 
-@dataclass
-class _Source:
-    """Weights as they were read."""
-    name: str  # for messages
-    tensors: dict[str, Tensor]  # by the source's own names
-    sha256: str
-    frontend: Any = None  # FrontendConfig of their training as a dict, None if unknown
-    classes: Any = None  # names of the rows of the classifier, of a checkpoint of this program
-    hub_config: dict = field(default_factory=dict)  # the config.json of a hub folder
-
-
 def load_pretrained(model: AST, path_or_name: str | Path, keep_head: bool = False,
                     own_reader: Callable[[Path], dict] | None = None,
                     frontend: FrontendConfig | None = None,
@@ -102,7 +73,7 @@ def load_pretrained(model: AST, path_or_name: str | Path, keep_head: bool = Fals
     to it. Raises WeightsError if a tensor is missing, unexpected, of the wrong shape or not finite;
     the model is then unchanged.
     """
-    source = _read(model.config, str(path_or_name), own_reader)
+    source = read_weights(model.config, str(path_or_name), own_reader)
     report = LoadReport(source.name, source.sha256, columns=model.config.time_patches)
     if frontend is not None:
         report.frontend_change = _frontend_change(source.frontend, frontend)
@@ -222,163 +193,6 @@ def _fit(key, tensors, own, config, report):
                            f"is {tuple(own.shape)}{hint}")
     report.loaded.append(key)
     return value
-
-
-# --- find the source ---
-
-def check_available(path_or_name: str, fallback: str) -> None:
-    """Raise WeightsError at once if the weights cannot be had: a missing file, or no network.
-
-    Call it before anything that takes long. The hub's own client would try for half a minute.
-    fallback: a command that works without the weights, for the message.
-    """
-    if path_or_name == "audioset":
-        from huggingface_hub import constants, try_to_load_from_cache
-        cached = try_to_load_from_cache(AUDIOSET["repo_id"], AUDIOSET["filename"],
-                                        revision=AUDIOSET["revision"])
-        is_cached = isinstance(cached, str)
-        if not is_cached and (constants.HF_HUB_OFFLINE or not _is_reachable(constants.ENDPOINT)):
-            raise WeightsError(
-                f"--weights audioset: {constants.ENDPOINT} cannot be reached; download {_url()} "
-                "with any machine and give its path to --weights, or start without pretrained "
-                f"weights:  {fallback}")
-    elif path_or_name not in ("imagenet", "none") and not os.path.exists(path_or_name):
-        raise WeightsError(f"--weights {path_or_name}: no such file; give {', '.join(NAMES)}, "
-                           "none, or the path of a .pth, .safetensors or .pt file")
-
-
-def _is_reachable(endpoint, seconds=4):
-    """Whether a connection to a server opens; True if a proxy decides that."""
-    if urllib.request.getproxies():
-        return True
-    url = urllib.parse.urlsplit(endpoint)
-    port = url.port or (443 if url.scheme == "https" else 80)
-    is_open = []
-
-    def connect():
-        with contextlib.suppress(OSError):
-            socket.create_connection((url.hostname, port), timeout=seconds).close()
-            is_open.append(True)
-
-    # In a thread, because looking up a name has no time limit of its own.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return bool(is_open)
-
-
-def _url():
-    return (f"https://huggingface.co/{AUDIOSET['repo_id']}/resolve/{AUDIOSET['revision']}/"
-            f"{AUDIOSET['filename']}")
-
-
-# --- read the source ---
-
-def _read(config, name, own_reader):
-    if name == "imagenet":
-        return _imagenet(config)
-    path = _audioset_file() if name == "audioset" else Path(name)
-    hub_config = {}
-    if path.is_dir():
-        hub_config = _hub_config(path / "config.json", name)
-        path = path / "model.safetensors"
-        if not path.is_file():
-            raise WeightsError(f"--weights {name}: a folder without model.safetensors; give one "
-                               "that export.py --to hf wrote, or the path of a .pth, .safetensors "
-                               "or .pt file")
-    if not path.is_file():
-        raise WeightsError(f"--weights {name}: no such file; give {', '.join(NAMES)}, none, or the "
-                           "path of a .pth, .safetensors or .pt file")
-    tensors, frontend, classes = _load_file(path, name, own_reader)
-    digest = AUDIOSET["sha256"] if name == "audioset" else sha256_of(path)
-    if digest == AUDIOSET["sha256"]:
-        frontend = FrontendConfig.of("fbank").to_dict()
-    return _Source(name, tensors, digest, frontend, classes, hub_config)
-
-
-def _hub_config(path, name):
-    """The content of a hub folder's config.json, {} if there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"--weights {name}: its config.json cannot be read "
-                           f"({type(error).__name__}); repair it or use other weights") from None
-    return config if isinstance(config, dict) else {}
-
-
-def _load_file(path, name, own_reader):
-    """-> (tensors by their names, fields of the FrontendConfig or None, classes or None)"""
-    with open(path, "rb") as file:
-        start = file.read(9)
-    try:
-        if start[8:9] == b"{":  # safetensors: 8 bytes of length, then JSON
-            from safetensors.torch import load_file
-            return load_file(path), None, None
-        with warnings.catch_warnings(action="ignore"):  # a TorchScript archive warns, then fails
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise WeightsError(f"--weights {name}: contains pickled Python objects, which are never "
-                           "run; convert it to .safetensors or save its state_dict alone") from None
-    except Exception as error:  # the readers raise many types for damaged files
-        reason = " ".join(str(error).split())[:120]
-        raise WeightsError(f"--weights {name}: cannot be read, it is damaged or of another format "
-                           f"({reason})") from None
-    frontend = classes = None
-    if isinstance(state, dict) and state.get("format") == "warble":
-        if own_reader:
-            state = own_reader(path)
-        frontend, classes = state.get("frontend"), state.get("classes")
-        state = state.get("ema") or state.get("model")
-    elif isinstance(state, dict) and isinstance(state.get("model"), dict):
-        state = state["model"]
-    if not _is_state_dict(state):
-        raise WeightsError(f"--weights {name}: not a state dict; save model.state_dict() with "
-                           "torch.save")
-    return state, frontend, classes
-
-
-def _is_state_dict(state):
-    if not isinstance(state, dict) or not state:
-        return False
-    return all(isinstance(key, str) and torch.is_tensor(value) for key, value in state.items())
-
-
-def _audioset_file():
-    """Path of the pinned AudioSet file, checked. It is downloaded if it is not cached."""
-    from huggingface_hub import hf_hub_download
-    repo, revision, filename = AUDIOSET["repo_id"], AUDIOSET["revision"], AUDIOSET["filename"]
-    try:
-        path = Path(hf_hub_download(repo, filename, revision=revision))
-    except Exception as error:  # offline, refused, proxy, disk full: the fix is the same
-        raise WeightsError(f"--weights audioset: the file cannot be fetched "
-                           f"({type(error).__name__}); download {_url()} with any machine and give "
-                           "its path to --weights, or start from --weights none") from None
-    if path.stat().st_size != AUDIOSET["size"] or sha256_of(path) != AUDIOSET["sha256"]:
-        raise WeightsError(f"--weights audioset: {path} is not the published file (sha256 "
-                           "differs); delete it and run again")
-    return path
-
-
-def _imagenet(config):
-    name = IMAGENET.get(config.dim)
-    if name is None or config.depth != 12:
-        raise WeightsError(f"--weights imagenet: there is no distilled DeiT of dim {config.dim} "
-                           f"and depth {config.depth}; use --size tiny, small or base")
-    import timm
-    try:
-        tensors = timm.create_model(name, pretrained=True).state_dict()
-    except Exception as error:
-        command = f"import timm; timm.create_model('{name}', pretrained=True)"
-        raise WeightsError(f"--weights imagenet: {name} cannot be fetched "
-                           f"({type(error).__name__}); on a machine with a network run "
-                           f"`python -c \"{command}\"` and copy its cache, or start from "
-                           "--weights none") from None
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        digest.update(key.encode() + tensors[key].contiguous().numpy().tobytes())
-    return _Source(f"imagenet ({name})", tensors, digest.hexdigest())
 
 
 # --- names of the tensors ---

@@ -18,7 +18,7 @@ SOURCES = {"audioset": "weights pretrained on AudioSet (MIT/ast-finetuned-audios
            "none": "random weights"}
 INPUT_LENGTH = (
     "The model takes clips of the length that it was trained with. Cut a longer recording into "
-    "windows of that length and average their probabilities, as the evaluation did. Repeat or pad "
+    "windows of that length and average their probabilities, as the evaluation did. Lengthen "
     "a shorter clip before the features are computed, as above: the padding of transformers uses "
     "a value that the model was not trained with.\n")
 DESCRIBED = ("logmel", "fbank")  # front ends that `usage_code` can write down
@@ -77,8 +77,10 @@ def usage_code(info: dict, c, frames: int, has_extractor: bool, scaling: tuple[f
     mean, std = scaling
     if info["short"] == "repeat":
         lengthened = f"np.resize(wave, {n})"
-    else:
+    elif info["short"] == "pad":
         lengthened = f"np.pad(wave, (0, {n} - len(wave)))"
+    else:  # placed in the middle
+        lengthened = f"np.pad(wave, (({n} - len(wave) + 1) // 2, ({n} - len(wave)) // 2))"
     scores = "sigmoid()" if info["multi_label"] else "softmax(dim=1)"
     if has_extractor:
         imports = "from transformers import AutoFeatureExtractor, AutoModelForAudioClassification"

@@ -3,28 +3,26 @@
 Each is a run, or a folder of runs: of `--folds`, or of several seeds. Prints the settings that
 differ and the test metrics with the paired bootstrap interval of their difference, over the test
 clips (or groups of clips) that both have scored. Metrics are means over seeds; folds are pooled.
-Draws the curves into compare.png (in the folder OUT, or here).
+Draws the curves and the test metrics into compare.png (in the folder OUT, or here).
 """
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from metrics import METRICS, metrics_for, point_metrics, resample_counts
+from metrics import METRICS, MONITORS, metrics_for, point_metrics, resample_counts
 from metrics.classification import Outcome, WeightedCounts
-from util import InputError, plural, printable
+from util import InputError, plural, printable, read_regular
 
+from .plots import whole_number_axis
 from .run_files import load_scores, read_columns, read_rows
-from .style import COLOURS, picture
+from .style import COLOURS, picture, shorten
 
 IGNORED_FLAGS = {"run_dir", "resume", "cache_dir"}  # they differ between any two runs
 SETTINGS = ("weights", "split_sha256", "commit", "device_name", "precision")
-PANELS = {  # title -> [(column of history.csv, line style)]
-    "loss": (("train_loss", "--"), ("val_loss", "-")),
-    "accuracy": (("train_acc", "--"), ("val_acc", "-")),
-    "macro F1": (("val_macro_f1", "-"),)}
 
 
 class CompareError(InputError):
@@ -38,9 +36,10 @@ def compare(a: str | Path, b: str | Path, out: Path, n_boot: int = 2000, seed: i
     lines = [f"a = {a}", f"b = {b}"]
     if max(len(side) for side in sides) > 1:
         lines.append(f"a has {plural(len(sides[0]), 'run')}, b has {len(sides[1])}")
+    metric_lines, values = _metric_lines(*sides, n_boot, seed)
     lines += ["", "settings that differ:", *_differences(*sides),
-              "", *_metric_lines(*sides, n_boot, seed), *_paired_run_lines(*sides)]
-    _draw(sides, _names(a, b), out)
+              "", *metric_lines, *_paired_run_lines(*sides)]
+    _draw(sides, _names(a, b), values, out)
     return [*lines, "", f"written: {out}"]
 
 
@@ -60,7 +59,7 @@ def _read(folder):
     of scores.npz}.
     """
     try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        run = json.loads(read_regular(folder / "run.json"))
         run["history"] = read_columns(folder / "history.csv")
         run["test"] = load_scores(folder / "test")
         clips = read_rows(folder / "test" / "predictions.csv")
@@ -117,12 +116,15 @@ def _replicates(side):
 
 
 def _metric_lines(a, b, n_boot, seed):
-    """Lines with each metric of both sides and their difference, over the clips of both."""
+    """Lines with each metric of both sides and their difference, over the clips of both.
+
+    Also returns the values of each side as from `_resampled`, none without a common clip.
+    """
     clips_a, clips_b = ({clip: None for run in side for clip in run["test"]["index"]}
                         for side in (a, b))
     shared = [clip for clip in clips_a if clip in clips_b]
     if not shared:
-        return ["no test clip is in both runs: nothing to compare"]
+        return ["no test clip is in both runs: nothing to compare"], ({}, {})
     _check_same_data([*a, *b], set(shared))
     title = f"test, {len(shared)} clips that both have scored"
     for clips, letter in ((clips_a, "a"), (clips_b, "b")):
@@ -141,7 +143,7 @@ def _metric_lines(a, b, n_boot, seed):
         only_a, only_b = (correct_a & ~correct_b).sum(), (correct_b & ~correct_a).sum()
         lines.append(f"  correct only in a {only_a}, only in b {only_b}, "
                      f"in both {(correct_a & correct_b).sum()}")
-    return lines
+    return lines, (values_a, values_b)
 
 
 def _groups(side, clips):
@@ -253,24 +255,69 @@ def _names(*folders):
     return [f"{path.parent.name}/{path.name}" for path in paths]
 
 
-def _draw(sides, names, out):
-    with picture(out, (11, 3.6), layout="constrained") as figure:
-        for ax, (title, lines) in zip(figure.subplots(1, 3), PANELS.items(), strict=True):
-            drawn = [(i, run, run is side[0]) for i, side in enumerate(sides) for run in side]
-            for i, run, is_first in drawn:
-                name, colour, letter = names[i], COLOURS[i], "ab"[i]
-                for column, style in lines:
-                    if run["history"]:
-                        is_named = is_first and column.startswith("val")
-                        label = f"{letter}: {name}" if is_named else None
-                        ax.plot(run["history"]["epoch"], run["history"][column], style,
-                                color=colour, label=label)
-            ax.set_title(title)
-            ax.set_xlabel("epoch")
-            ax.grid(axis="y")
-        figure.legend(*ax.get_legend_handles_labels(), loc="outside lower left", ncols=2,
-                      frameon=False)
-        figure.suptitle("validation solid, training dashed", x=0.01, ha="left")
+def history_panels(sides: Sequence[Sequence[dict]]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """[(title, [(column of history.csv, line style)])] of the metrics that any run has."""
+    histories = [run["history"] for side in sides for run in side]
+
+    def has_values(column):
+        return any(np.isfinite(history.get(column, np.nan)).any() for history in histories)
+
+    panels = []
+    for column, metric in MONITORS.items():
+        styles = [(column.replace("val_", "train_", 1), "--"), (column, "-")]
+        lines = [(name, style) for name, style in styles if has_values(name)]
+        if lines:
+            panels.append((metric.label, lines))
+    return panels
+
+
+def _draw(sides, names, values, out):
+    """Curves of each metric over the epochs, and the test metrics. values: of `_metric_lines`."""
+    panels = history_panels(sides)
+    n_panels = len(panels) + 1
+    columns = 2 if n_panels == 4 else min(3, n_panels)
+    rows = math.ceil(n_panels / columns)
+    with picture(out, (3.7 * columns, 3.2 * rows + 0.4), layout="constrained") as figure:
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        for ax, (title, lines) in zip(axes, panels):
+            _draw_curves(ax, title, lines, sides)
+        _draw_tests(axes[len(panels)], sides, names, values)
+        for ax in axes[len(panels) + 1:]:
+            ax.set_axis_off()
+        figure.legend(*axes[len(panels)].get_legend_handles_labels(), loc="outside lower left",
+                      ncols=2, frameon=False)
+        figure.suptitle("Curves: validation solid, training dashed", x=0.01, ha="left")
+
+
+def _draw_curves(ax, title, lines, sides):
+    for side, colour in zip(sides, COLOURS):
+        for history in (run["history"] for run in side):
+            for column, style in lines:
+                if column in history:
+                    ax.plot(history["epoch"], history[column], style, color=colour)
+    ax.set_title(title)
+    whole_number_axis(ax, "epoch")
+    ax.grid(axis="y")
+
+
+def _draw_tests(ax, sides, names, values):
+    """Each test metric: a point per run, and the mean with its bootstrap interval."""
+    points = [[_point(run) for run in side] for side in sides]
+    keys = [key for key in METRICS if any(key in point for side in points for point in side)]
+    for i, (name, colour) in enumerate(zip(names, COLOURS)):
+        for row, key in enumerate(keys):
+            y = row + (-0.17, 0.17)[i]
+            of_runs = [point[key] for point in points[i] if key in point]
+            ax.plot(of_runs, [y] * len(of_runs), "o", color=colour, alpha=0.45)
+            if key in values[i]:
+                mean, *resamples = values[i][key]
+                ax.plot(np.percentile(resamples, (2.5, 97.5)), [y, y], color=colour)
+                ax.plot(mean, y, "|", color=colour, markersize=9)
+        ax.plot([], [], color=colour, label=f"{'ab'[i]}: {shorten(name)}")
+    ax.set_yticks(range(len(keys)), [METRICS[key].label for key in keys])
+    ax.set_ylim(len(keys) - 0.5, -0.5)
+    ax.grid(axis="x")
+    ax.set_title("test: each run, mean, 95% interval", fontsize=9)
 
 
 def main(arguments: Sequence[str]) -> int:

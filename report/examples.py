@@ -1,7 +1,8 @@
 """Clips of the page to look at and to listen to: which ones, and what their cards show."""
+import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -36,6 +37,9 @@ MOST = {"suspect": 12, "wrong": 10, "uncertain": 6, "right": 6}
 MOST_ALIKE = {"wrong": 2, "right": 1}  # clips of the same label and prediction
 WIDEST = 800  # columns of a spectrogram's picture
 TOP = 5  # classes with a bar on a card
+MIN_FILLED = 0.005  # share of the window; less is rounding
+TIME_STEPS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200)  # seconds
+MOST_TIME_TICKS = 5
 
 
 @dataclass
@@ -55,6 +59,7 @@ class Example:
     relevance: np.ndarray | None  # (rows, columns) of its patches for `focus`, not negative
     wave: np.ndarray  # (samples,) float32
     rate: int  # Hz
+    window: float | None = None  # seconds that repeats of the clip filled; None: not repeated
 
 
 class SuspectSearch(NamedTuple):
@@ -143,6 +148,25 @@ def _rank_multi_label(scores, labels, thresholds):
                              confidence.argmax(axis=1))}
 
 
+def first_copy(example: Example, patch: tuple[int, int]) -> Example:
+    """An example that was repeated to fill the window -> its first copy; others as they are.
+
+    patch: (size, stride) of the model's patches. Source of the repeats: `--short repeat`.
+    """
+    window = len(example.wave) / example.rate
+    share = (example.end - example.start) / window
+    if share > 1 - MIN_FILLED:
+        return example
+    frames = max(1, math.ceil(share * example.spectrogram.shape[1]))
+    relevance = example.relevance
+    if relevance is not None:
+        size, stride = patch
+        columns = math.ceil((frames - (size - stride) / 2) / stride)
+        relevance = relevance[:, :max(1, columns)]
+    return replace(example, spectrogram=example.spectrogram[:, :frames], relevance=relevance,
+                   wave=example.wave[:max(1, round(share * len(example.wave)))], window=window)
+
+
 def cards(run: Run, examples: Sequence[Example], patch: tuple[int, int], folder: Path
           ) -> list[dict]:
     """What the template shows of each example, without its sound.
@@ -166,7 +190,8 @@ def _card(run, example, folder):
         "labels": [(names[i], scores[i]) for i in example.labels],
         "is_correct": example.kind == "right" or set(example.predicted) == set(example.labels),
         "focus": names[example.focus],
-        "seconds": len(example.wave) / example.rate,
+        "seconds": len(example.wave) / example.rate, "window": example.window,
+        "ticks": second_ticks(len(example.wave) / example.rate),
         "path": example.path, "start": example.start, "end": example.end,
         "link": link if link.startswith("..") else f"./{link}",
         "bars": [(shorten(names[i], 15), names[i], scores[i], i in example.labels)
@@ -213,5 +238,11 @@ def hertz_ticks(mel_hz: np.ndarray | None) -> list[tuple[str, float]]:
     mel_hz = np.asarray(mel_hz, float)
     ticks = [hz for hz in (250, 1000, 2000, 4000, 8000) if mel_hz[0] <= hz <= mel_hz[-1]]
     heights = (np.interp(ticks, mel_hz, np.arange(len(mel_hz))) + 0.5) / len(mel_hz)
-    return [(f"{hz / 1000:g}k" if hz >= 1000 else str(hz), height)
-            for hz, height in zip(ticks, heights)]
+    return [(f"{hz / 1000:g}", height) for hz, height in zip(ticks, heights)]
+
+
+def second_ticks(seconds: float) -> list[tuple[str, float]]:
+    """[(text, place from 0 to 1)] of round seconds below a spectrogram of this length."""
+    step = next((step for step in TIME_STEPS if seconds / step <= MOST_TIME_TICKS), seconds)
+    times = step * np.arange(int(seconds / step + 1e-6) + 1)
+    return [(f"{time:g}", min(1.0, time / seconds)) for time in times.round(2)]

@@ -21,7 +21,7 @@ from metrics import METRICS, wilson
 from util import atomic_write, plural, printable
 
 from . import confusions, page_charts
-from .examples import KINDS, Example, SuspectSearch, cards, hertz_ticks
+from .examples import KINDS, Example, SuspectSearch, cards, first_copy, hertz_ticks
 from .media import data_address, mp3
 from .results import THIRDS
 from .run_files import read_run
@@ -31,6 +31,13 @@ from .verdict import CLIPS, findings, headline, plural_es, training
 MAX_BYTES = 8 << 20
 PLAYER_BYTES = 200  # of the element around a sound
 NO_SEARCH = SuspectSearch()
+FIGURES = {  # column of per_class.csv -> (heading, hint)
+    "precision": ("precision", "Share of the predictions of this class that are correct."),
+    "f1": ("F1", "Harmonic mean of precision and recall: high only if both are high."),
+    "ap": ("AP", "Average precision: how well the scores rank clips of this class before others; "
+                 "1 is perfect. It needs no threshold."),
+    "threshold": ("threshold", "The class is predicted for a clip if its score reaches this."),
+}
 TEMPLATES = Path(__file__).with_name("templates")
 
 
@@ -55,6 +62,7 @@ def write_page(out: str | Path, run_dir: str | Path, results: str | Path,
     """
     out, run = Path(out), read_run(run_dir, results)
     folder = Path(os.path.abspath(out.parent))
+    examples = shown_once(examples, run.flags, patch)
     clips = confusions.cell_lists(run, examples, folder, root)
     content = {
         "run": run, "multi_label": run.multi_label, "title": _title(run, root),
@@ -63,10 +71,20 @@ def write_page(out: str | Path, run_dir: str | Path, results: str | Path,
         "confusions": confusions.confusion_table(run), "clips": clips,
         "most_per_cell": confusions.MOST_PER_CELL, "most_clips": confusions.MOST_CLIPS,
         "kinds": KINDS, "cards": cards(run, examples, patch, folder), "search": search,
-        "hertz": hertz_ticks(mel_hz), "megabytes": f"{max_bytes / 2**20:.0f}"}
+        "hertz": hertz_ticks(mel_hz),
+        "mel_hz": [] if mel_hz is None else [round(float(hz)) for hz in mel_hz],
+        "megabytes": f"{max_bytes / 2**20:.0f}"}
     _add_sounds(content, examples, max_bytes)
     with atomic_write(out) as file:
         file.write(_render(content))
+
+
+def shown_once(examples: Sequence[Example], flags: dict, patch: tuple[int, int]
+               ) -> Sequence[Example]:
+    """Examples without the repeats that filled the window. flags: of the run."""
+    if flags.get("short", "repeat") != "repeat":
+        return examples
+    return [first_copy(example, patch) for example in examples]
 
 
 @cache
@@ -100,7 +118,8 @@ def _render(content):
 def _keep_flags_whole(text):
     """Text in which no flag is broken over two lines."""
     flag = r'<span class="flag">\g<0></span>'
-    return Markup(re.sub(r"--[a-z][a-z-]+", flag, escape(printable(text))))
+    # A plain str: re.sub on Markup would escape the element itself.
+    return Markup(re.sub(r"--[a-z][a-z-]+", flag, str(escape(printable(text)))))
 
 
 def _add_sounds(content, examples, max_bytes):
@@ -142,22 +161,29 @@ def _head(run, epoch):
 
 
 def _classes(run):
-    """Rows of the table of classes, its columns, and recall by number of training clips."""
-    numbers = [f"{CLIPS[run.metrics['split']]}s"]
+    """Rows of the table of classes, its columns, and recall by number of training clips.
+
+    A column is (heading, CSS class, hint).
+    """
+    split = f"{CLIPS[run.metrics['split']]}s"
+    counts = [(split, "n", f"Number of {split} that have this class as a label.")]
     if run.train_counts is not None:
-        numbers.append("training clips")
-    numbers += ["precision", "F1", "AP"]
-    if run.multi_label:
-        numbers.append("threshold")
-    columns = [("class", "left"), ("recall, 95% interval", "left"),
-               *[(name, "n") for name in numbers], ("most confused with", "left")]
+        counts.append(("training clips", "n", "Number of training clips with this label."))
+    columns = [("class", "left", "Name of the class, as in the labels."),
+               ("recall, 95% interval", "left",
+                "Share of the clips with this label for which the class is predicted. The bar is "
+                "the range that the true value is likely to be in."), *counts,
+               *[(heading, "n", hint) for key, (heading, hint) in FIGURES.items()
+                 if key in run.classes[0]],
+               ("most confused with", "left",
+                "The class that is most often predicted instead, and how often.")]
     return {"columns": columns, "classes": [_class_row(run, i) for i in range(len(run.names))],
             "thirds": _thirds(run)}
 
 
 def _class_row(run, i):
     row, n = run.classes[i], run.support[i]
-    figures = [row[key] for key in ("precision", "f1", "ap", "threshold") if key in row]
+    figures = [row[key] for key in FIGURES if key in row]
     confused, n_confused = None, int(row["confused_count"])
     if n_confused and row["confused_with"] in run.names:
         confused = {"name": row["confused_with"], "short": shorten(row["confused_with"], 22),

@@ -6,7 +6,6 @@ score], ...]], with start and end in samples. A part appears only when it is com
 run continues with the recordings that have none.
 """
 import contextlib
-import csv
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from report.tracks import label_track, labelled, selection_table, window_lines, window_rows
-from util import atomic_write
+from util import CsvWriter, atomic_write
 
 # Formats with a file for each recording, and how its name ends.
 SUFFIXES = {"raven": ".Table.1.selections.txt", "audacity": ".txt", "embeddings": ".npz"}
@@ -165,12 +164,12 @@ def assemble_tables(out: Path, recordings: Sequence, formats: Sequence[str],
         def new_table(name):
             return stack.enter_context(atomic_write(out / name, durable=False))
 
-        files, counts = csv.writer(new_table("files.csv")), csv.writer(new_table("classes.csv"))
+        files, counts = CsvWriter(new_table("files.csv")), CsvWriter(new_table("classes.csv"))
         files.writerow(["path", "seconds", "windows", "label", "score"])
         counts.writerow(["path", "label", "windows", "highest", "at"])
         together = {name: new_table(f"windows.{name}") for name in tables}
         if "csv" in together:
-            csv.writer(together["csv"]).writerow(["path", "start", "end", "label", "score"])
+            CsvWriter(together["csv"]).writerow(["path", "start", "end", "label", "score"])
         for recording in recordings:
             head, summary = _copy_windows(out, recording, together, own, classes, config)
             seconds = f"{recording.info.seconds:.3f}"

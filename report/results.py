@@ -1,5 +1,4 @@
 """Write the results of an evaluation to disk, and put them into lines for a person."""
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from metrics import (
     recall_by_frequency,
     reliability,
 )
-from util import atomic_write, write_json
+from util import CsvWriter, atomic_write, make_folder, write_json
 
 from . import pictures
 from .run_files import load_scores
@@ -41,7 +40,7 @@ def write_results(folder: Path, result, manifest, classes: Sequence[str], split:
         manifest: the clips that `result.rows` points into.
         calibration: {"temperature": float, "thresholds": (C,) floats}.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     multi_label = result.labels.ndim == 2
     predicted = predicted_classes(result.scores, calibration) if multi_label else None
     calibrated = apply_temperature(result.scores, calibration["temperature"], multi_label)
@@ -92,7 +91,7 @@ def _write_predictions(path, result, manifest, classes, calibrated, predicted):
     """One row per clip: its labels, the predicted classes and the highest calibrated scores."""
     best = np.argsort(-calibrated, axis=1, kind="stable")[:, :TOP]
     with atomic_write(path) as file:
-        out = csv.writer(file)
+        out = CsvWriter(file)
         out.writerow(["path", "start", "end", "label", "prediction", "confidence", "top5"])
         for i, (row, top, scores) in enumerate(zip(result.rows, best, calibrated, strict=True)):
             answers = top[:1] if predicted is None else _ranked_classes(top, predicted[i])
@@ -118,7 +117,7 @@ def _write_per_class(path, result, classes, calibration, predicted):
         columns.append("threshold")
     rows = per_class(result.scores, result.labels, len(classes), predicted)
     with atomic_write(path) as file:
-        out = csv.writer(file)
+        out = CsvWriter(file)
         out.writerow(columns)
         for i, row in enumerate(rows):
             figures = ["" if np.isnan(row[key]) else f"{row[key]:.4f}" for key in columns[1:5]]

@@ -1,5 +1,4 @@
 """The files of a run folder and of a folder of results, read into one object."""
-import csv
 import json
 import re
 from collections import Counter
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from metrics import MONITORS
+from util import csv_rows, open_text, read_regular
 
 from .plots import best_row
 
@@ -88,13 +88,13 @@ def read_run(run_dir: str | Path, results: str | Path) -> Run:
     classes = read_rows(results / "per_class.csv")
     run_json = run_dir / "run.json"
     return Run(
-        run=json.loads(run_json.read_text(encoding="utf-8")) if run_json.exists() else {},
+        run=json.loads(read_regular(run_json)) if run_json.exists() else {},
         history=read_columns(run_dir / "history.csv"),
         steps=read_columns(run_dir / "steps.csv"),
         events=read_rows(run_dir / "events.csv"),
         bad_files=read_rows(run_dir / "bad_files.csv"),
         train_counts=_train_counts(run_dir / "split.csv", classes, labels.ndim == 2),
-        metrics=json.loads((results / "metrics.json").read_text(encoding="utf-8")),
+        metrics=json.loads(read_regular(results / "metrics.json")),
         classes=classes,
         clips=read_rows(results / "predictions.csv"),
         scores=scores, labels=labels, predicted=predicted)
@@ -113,8 +113,8 @@ def read_rows(path: Path) -> list[dict]:
     """The rows of a CSV file, none if it is missing."""
     if not path.exists():
         return []
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return list(csv.DictReader(file))
+    with open_text(path) as file:
+        return list(csv_rows(file))
 
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
@@ -124,7 +124,7 @@ def read_columns(path: Path) -> dict[str, np.ndarray]:
     """
     if not path.exists():
         return {}
-    header, *lines = path.read_text(encoding="utf-8").split("\n")
+    header, *lines = read_regular(path).decode().split("\n")
     names = header.strip().split(",")
     lines = [re.sub(r"(?<=,)(?=,|\r?$)", "nan", line) for line in lines[:-1]
              if line.count(",") == len(names) - 1]

@@ -3,13 +3,12 @@
 Each function takes an open text file and returns one that writes a window: its start and end in
 seconds and [(class, score as text)], best first.
 """
-import csv
 import itertools
 import json
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
-from util import printable
+from util import CsvWriter, printable
 
 RAVEN = ("Selection", "View", "Channel", "Begin Time (s)", "End Time (s)", "Low Freq (Hz)",
          "High Freq (Hz)", "Label", "Score")
@@ -25,7 +24,7 @@ def window_rows(file: TextIO, recording) -> Callable:
     """CSV: a row for each window and class, one with an empty label if no class is predicted."""
     def write(start, end, labels):
         window = [recording.path, f"{start:.3f}", f"{end:.3f}"]
-        csv.writer(file).writerows([*window, *label] for label in labels or [("", "")])
+        CsvWriter(file).writerows([*window, *label] for label in labels or [("", "")])
     return write
 
 

@@ -14,12 +14,11 @@ EVENTS = {
     "diverged": "Validation dropped far below its best value",
     "rollback": "Training went back to its best weights",
     "skipped": "Optimizer steps were skipped: loss or gradients were not finite",
+    "scale": "Gradients overflowed in fp16, and the loss scale was lowered",
     "unreadable": "Recordings turned out to be unreadable during the run",
     "memory": "Memory ran out during the run",
     "cache": "The cache of decoded audio could not be written",
 }
-AUGMENTATIONS = ("mixup_alpha", "freq_mask", "time_mask", "patchout", "noise_p", "drop_path",
-                 "filter_p")
 MOST_NAMES = 8  # in one sentence
 
 
@@ -69,10 +68,20 @@ def training(run: Run, epoch: int | None = None) -> list[str]:
         return ["This folder has no history.csv with validation results, so nothing is known "
                 "about the training."]
     sentences = [_best_epoch(run, epoch), *_why_it_ended(run), _gap(run)]
-    if any(run.flags.get(name) for name in AUGMENTATIONS):
-        sentences.append("Training figures are measured on augmented clips while the weights "
-                         "change; on the original clips they would be higher.")
-    return sentences
+    return sentences + _augmentation(run)
+
+
+def _augmentation(run):
+    """What augmentation does to the training figures; run.json names what was on."""
+    names = run.run.get("augmentations")
+    if names is None:  # a run of an older version
+        return ["Training figures are measured while the weights change, on clips that may be "
+                "augmented."]
+    if not names:
+        return []
+    flags = summarize([f"--{name.replace('_', '-')}" for name in names], MOST_NAMES)
+    return [f"Training figures are measured on augmented clips ({flags}) while the weights change; "
+            "on the original clips they would be higher."]
 
 
 def _best_epoch(run, epoch):

@@ -6,6 +6,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,36 @@ def run_copy(finished_run, tmp_path):
     """A copy of the finished run in tmp_path/run."""
     shutil.copytree(finished_run, tmp_path / "run")
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A made run of hostile class names with its report.html; tests leave its files alone."""
+    from made_run import HOSTILE, MadeRun
+    run = MadeRun(tmp_path_factory.mktemp("small") / "run", HOSTILE)
+    run.write()
+    return run
+
+
+@pytest.fixture
+def source(made):
+    """The text of the report.html of `made`."""
+    return (made.folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A loopback server of data sets."""
+    from dataset_server import running_server
+    with running_server(monkeypatch) as server:
+        yield server
+
+
+@pytest.fixture
+def put(server, monkeypatch):
+    """Publish a data set on `server`: put(name, files)."""
+    from dataset_server import publish
+    return partial(publish, server, monkeypatch)
 
 
 @pytest.fixture

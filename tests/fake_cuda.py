@@ -54,6 +54,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.notes = []
         self.n_operations = 0  # on device tensors
+        self.n_casts = 0  # of weights on the device to 16 bits
         self.pinned = set()  # ids of host tensors that count as pinned
 
     def pin(self, *tensors):
@@ -74,6 +75,8 @@ class Watch(TorchDispatchMode):
         if name in ("nonzero", "masked_select", "unique", "_unique2") and on_device:
             self.note("read")
         elif name in ("to", "_to_copy", "copy_"):
+            if on_device and isinstance(args[0], torch.nn.Parameter):
+                self.n_casts += kwargs.get("dtype") in (BF16, FP16)
             self._check_copy(name, args, kwargs)
         elif on_device:
             self._check_mix(name, args, tensors)
@@ -97,10 +100,9 @@ class Watch(TorchDispatchMode):
             self.note("copy to host")
         elif kinds == ("cpu", "cuda") and not is_async:
             self.note("copy to device")
-        elif kinds == ("cpu", "cuda"):
-            is_pinned = id(source) in self.pinned
-            if source.nbytes > PAGEABLE_LIMIT and not is_pinned:
-                self.note("pageable copy")
+        elif (kinds == ("cpu", "cuda") and source.nbytes > PAGEABLE_LIMIT
+              and id(source) not in self.pinned):
+            self.note("pageable copy")
 
     def _check_mix(self, name, args, tensors):
         host = [tensor for tensor in tensors if tensor.device.type == "cpu"]
@@ -227,7 +229,7 @@ def make_clips(multi_label=False, in_memory=False):
         return np.ones(3 * RATE, np.int16), 1.0
 
     if in_memory:
-        clips.in_memory = InMemoryClips(n, fetch, DEVICE)
+        clips.in_memory = InMemoryClips(clips.total, fetch, DEVICE)
     return clips
 
 
@@ -251,7 +253,7 @@ def training(watch, in_memory=False, noise=False, **settings):
     if noise:
         clips.set_noise(0.5, np.arange(8))
     watch.notes.clear()  # of the preparation
-    pending, ends = [], []
+    pending, ends, casts = [], [], []
     for epoch in range(3):
         parts = np.arange(4), np.arange(4, 8)
         if in_memory:
@@ -260,9 +262,10 @@ def training(watch, in_memory=False, noise=False, **settings):
             micro_batches = [loaded_batch(watch, part, multi_label, noise) for part in parts]
         pending.append(train.train_step(learner, micro_batches, epoch))
         ends.append(watch.n_operations)
+        casts.append(watch.n_casts)
         if len(pending) > 1:
             pending.pop(0).read()
-    return {"ends_of_steps": ends}
+    return {"ends_of_steps": ends, "casts": casts}
 
 
 def evaluation(watch, in_memory=False, dtype=None, loss="focal"):

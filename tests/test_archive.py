@@ -3,7 +3,6 @@ import hashlib
 import stat
 import tarfile
 import zipfile
-from functools import partial
 
 import numpy as np
 import pytest
@@ -14,25 +13,11 @@ from dataset_server import (
     fetch_quietly,
     make_urbansound8k,
     names_in_cache,
-    publish,
     read_tree,
-    running_server,
 )
 
 from data.manifest import DataError
 from data.named import SOURCES
-
-
-@pytest.fixture
-def server(monkeypatch):
-    with running_server(monkeypatch) as server:
-        yield server
-
-
-@pytest.fixture
-def put(server, monkeypatch):
-    return partial(publish, server, monkeypatch)
-
 
 # ---- not the published file
 

@@ -1,11 +1,15 @@
 """Cross-validation and the comparison of two runs, against scikit-learn and by hand."""
 import csv
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from sklearn.metrics import f1_score
 
+import report.compare
 from report.compare import CompareError, compare
 from tests.faults.harness import program
 
@@ -215,3 +219,36 @@ def test_interval_of_a_difference_is_over_groups_if_clips_share_some(tmp_path):
         widths.append(high - low)
     assert widths[1] > 2 * widths[0]
     assert any("over 20 groups" in line for line in lines)
+
+
+def test_picture_has_the_metrics_of_the_runs(tmp_path, monkeypatch):
+    labels = np.array(["a", "b"] * 30)
+    sides = [many_runs(tmp_path / name, labels, share, (0, 1, 2))
+             for name, share in (("one", 0.3), ("two", 0.1))]
+    for folder in sides[1]:
+        (folder / "history.csv").write_text(HISTORY.replace("val_macro_f1", "val_map"))
+    drawn = []
+    monkeypatch.setattr(report.compare, "_draw_curves", lambda ax, title, *_: drawn.append(title))
+    real = report.compare._draw_tests
+    monkeypatch.setattr(report.compare, "_draw_tests",
+                        lambda ax, *rest: (real(ax, *rest), drawn.append(ax)))
+    compare(tmp_path / "one", tmp_path / "two", tmp_path / "out.png")
+    *titles, ax = drawn
+    assert sorted(titles) == ["accuracy", "loss", "mAP", "macro-F1"]
+    names = [tick.get_text() for tick in ax.get_yticklabels()]
+    assert {"accuracy", "mAP", "macro-F1"} <= set(names) and "micro-F1" not in names
+    row = names.index("accuracy")
+    lines = [line for line in ax.lines if len(line.get_ydata()) and
+             abs(line.get_ydata()[0] - row) < 0.5]
+    points = [list(line.get_xdata()) for line in lines if len(line.get_xdata()) == 3]
+    expected = [[np.mean([clip["label"] == clip["prediction"] for clip in csv.DictReader(
+        (run / "test" / "predictions.csv").read_text().splitlines())]) for run in side]
+        for side in sides]
+    assert np.allclose(points, expected)
+    assert sum(len(line.get_xdata()) == 2 for line in lines) == 2  # an interval per side
+
+
+def test_module_runs_without_a_warning(tmp_path):
+    result = subprocess.run([sys.executable, "-W", "error", "-m", "report.compare", "--help"],
+                            cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and "Warning" not in result.stderr

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -44,7 +45,9 @@ class Hub(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if body:
-            self.wfile.write(data)
+            for start in range(0, len(data), self.server.block):
+                self.wfile.write(data[start:start + self.server.block])
+                time.sleep(self.server.seconds_per_block)
 
     def log_message(self, *_):
         pass
@@ -54,6 +57,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.files, server.requests = {}, []
+    server.block, server.seconds_per_block = 1 << 20, 0
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -181,3 +185,40 @@ def test_control_reachable_server_is_not_reported(tmp_path, hub):
     assert done.returncode == 2
     assert "--data" in done.stderr
     assert "--weights audioset: " not in done.stderr
+
+
+TRICKLE = """
+import time
+from model import pretrained, weight_sources
+from model.ast import AST, ASTConfig
+weight_sources.LEAST_SPEED, weight_sources.SPEED_SECONDS = {least}, 1.0
+started = time.monotonic()
+try:
+    pretrained.load_pretrained(AST(ASTConfig.tiny(4)), {name!r})
+    print("loaded")
+except pretrained.WeightsError as error:
+    print("refused", error, flush=True)
+assert time.monotonic() - started < 30
+import os; os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("name", ["audioset", "imagenet"])
+@pytest.mark.parametrize("least", [10**7, 1])  # the second is the control: fast enough
+def test_download_of_weights_that_trickles_is_given_up(name, least, hub, tmp_path):
+    model = timm.create_model("deit_tiny_distilled_patch16_224")
+    save_file(model.state_dict(), tmp_path / "deit.safetensors")
+    data = (tmp_path / "deit.safetensors").read_bytes()
+    hub.files[f"/{model.default_cfg['hf_hub_id']}/resolve/main/model.safetensors"] = data
+    hub.files[f"/{AUDIOSET['repo_id']}/resolve/{COMMIT}/{AUDIOSET['filename']}"] = data
+    hub.block, hub.seconds_per_block = len(data) // 20, 0.2
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+                   "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*",
+                   "HF_HUB_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run([sys.executable, "-c", TRICKLE.format(name=name, least=least)], cwd=ROOT,
+                          env=environment, capture_output=True, text=True, timeout=100)
+    assert done.stdout.count("\n") == 1, done.stderr
+    assert ("kB/s" in done.stdout) == (least > 1), done.stdout
+    if least > 1:
+        assert done.stdout.startswith(f"refused --weights {name}: ")
+        assert "--weights none" in done.stdout

@@ -65,6 +65,15 @@ def test_failed_training_ends_with_3_and_its_message(kind, capsys):
     assert error_line(capsys) == "diverged; lower --lr-head"
 
 
+def test_operation_that_is_never_deterministic_ends_with_2_and_names_the_flag(capsys):
+    """The error is torch's own: the operation has only such versions."""
+    error = RuntimeError("histc_cuda does not have a deterministic implementation, but you set "
+                         "'torch.use_deterministic_algorithms(True)'. You can turn off ...")
+    assert end(error) == 2
+    line = error_line(capsys)
+    assert line.startswith("--deterministic: ") and "histc_cuda" in line
+
+
 @pytest.mark.parametrize("error", [
     MemoryError(),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
@@ -164,7 +173,7 @@ def test_script_ends_with_2_and_one_line(script, words, name, tmp_path, monkeypa
 # --- disks, folders, streams, variables ---
 
 @pytest.mark.parametrize("code", [
-    errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ENODEV, errno.EEXIST,
+    errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ENODEV,
     errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EHOSTDOWN, errno.EREMOTEIO])
 def test_disk_that_is_away_ends_with_2_and_names_the_file(code, capsys):
     assert end(OSError(code, os.strerror(code), "out/metrics.json")) == 2
@@ -181,6 +190,7 @@ def test_folder_for_results_that_cannot_be_made_is_one_line(out, finished_run, t
     for script, words in (("evaluate", ["--ckpt", finished_run / "best.pt", "--out", out]),
                           ("report/compare", [finished_run, finished_run, out])):
         monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        monkeypatch.delitem(sys.modules, "report.compare", raising=False)  # as in a new process
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__") if (
                 script == "evaluate") else runpy.run_module("report.compare", run_name="__main__")

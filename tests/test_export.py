@@ -209,22 +209,27 @@ def test_code_of_the_model_card_computes_an_fbank_of_another_band(runs, tmp_path
     assert_card_agrees_with_the_model(run, ckpt, band, read(run.files[0], 16000), tmp_path)
 
 
-def test_code_of_the_model_card_pads_short_recordings(runs, tmp_path):
+@pytest.mark.parametrize("short, before", [("pad", 0), ("place", 5513)])  # of 11,025 missing
+def test_code_of_the_model_card_lengthens_short_recordings(runs, tmp_path, short, before):
     run = runs["logmel"]
-    ckpt = run.change(lambda parts: parts["clip"].update(short="pad"), tmp_path / "pad.pt")
+    assert run.waves.shape[1] == 22050
+    ckpt = run.change(lambda parts: parts["clip"].update(short=short), tmp_path / "short.pt")
     wave = read(run.files[0], 16000)[:8000]  # 11,025 samples at 22,050 Hz, without rounding
-    assert_card_agrees_with_the_model(run, ckpt, {}, wave, tmp_path)
+    assert_card_agrees_with_the_model(run, ckpt, {}, wave, tmp_path, before)
 
 
-def assert_card_agrees_with_the_model(run, ckpt, settings, wave, folder):
-    """wave: mono, at 16 kHz. settings: of the front end that differ from the run's."""
+def assert_card_agrees_with_the_model(run, ckpt, settings, wave, folder, before=0):
+    """wave: mono, at 16 kHz. settings: of the front end that differ from the run's.
+
+    before: zeros before a wave that is too short.
+    """
     run_export(ckpt, "hf", folder / "hf")
     recording = folder / "recording.wav"
     write_stereo(recording, wave)
     frontend = build_frontend(FrontendConfig(**{**run.frontend.config.to_dict(), **settings}))
     known = torch.from_numpy(read(recording, run.rate))
     padded = torch.zeros(1, run.waves.shape[1])
-    padded[0, :len(known)] = known
+    padded[0, before:before + len(known)] = known
     expected = run.logits(frontend(padded))[0].softmax(dim=0).numpy()
     probabilities = run_card_code(folder / "hf", recording)
     np.testing.assert_allclose(probabilities, expected, atol=2e-4)

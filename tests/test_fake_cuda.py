@@ -76,6 +76,16 @@ def test_reading_a_step_does_not_wait_for_the_next_step(name, cases):
     assert notes_of(case, "event") == [["event", ends[0]], ["event", ends[1]]]
 
 
+@pytest.mark.parametrize("name", ["bf16", "bf16, checkpointing"])
+def test_weights_are_cast_once_per_step(name, cases):
+    """Also if blocks are recomputed in the backward pass. The step has two micro-batches."""
+    # Weight and bias of: embedding, a block of four layers, head, and the last block, which takes
+    # its queries' weights apart from the others, so that three are cast as a whole.
+    n_weights = 2 * (1 + 4 + 1 + 3)
+    casts = cases[f"train: {name}"]["casts"]
+    assert casts == [n_weights, 2 * n_weights, 3 * n_weights]
+
+
 # --- scores ---
 
 @pytest.mark.parametrize("name", EVALUATION)

@@ -21,7 +21,7 @@ from model.groups import parameter_groups
 from sched import RelativeSchedule
 from tests.faults.harness import program, rows
 
-# Not shorter: with one column of patches, oneDNN's bf16 convolution gives NaN on CPUs with AMX.
+# Not shorter: one column of patches would be embedded in float32, without a cast.
 SECONDS, RATE = 1.0, 22050
 
 

@@ -164,3 +164,40 @@ def test_key_depends_on_size_and_content_not_on_the_name(tmp_path):
     assert len(set(keys)) == len(keys) and min(keys) > 0 and max(keys) < 2**63
     assert content_key(tmp_path / "copy") == keys[0]
     assert content_key(tmp_path / "none") == 0
+
+
+def test_training_clips_in_another_format_are_a_leak(checkpoint, tones, tmp_path):
+    other = second_season(tones, tmp_path / "new")
+    files = sorted(tones.rglob("*.wav"))
+    used = [files[i] for i in used_files(checkpoint, tones)[:5]]
+    for file in used:
+        wave, rate = sf.read(file)
+        copy = other / file.relative_to(tones).with_name(f"again {file.stem}.flac")
+        sf.write(copy, wave / 2, rate)
+    *_, notes = read(checkpoint, other)
+    leaks = [note for note in notes if note.startswith("LEAK")]
+    assert len(leaks) == 1 and f"{len(used)} of 53" in leaks[0] and "again" in leaks[0]
+
+
+def test_control_other_recordings_are_no_leak(checkpoint, tones, tmp_path):
+    *_, notes = read(checkpoint, second_season(tones, tmp_path / "new"))
+    assert not any("LEAK" in note for note in notes)
+
+
+def test_a_run_without_prints_says_what_is_not_checked(checkpoint, tones, tmp_path):
+    manifest = {**checkpoint["manifest"], "sound": None}
+    older = Checkpoint(checkpoint.path, {**checkpoint, "manifest": manifest})
+    *_, notes = read(older, second_season(tones, tmp_path / "new"))
+    assert any("not looked for" in note for note in notes)
+
+
+def test_times_in_milliseconds_are_named(checkpoint, tones, tmp_path):
+    folder = second_season(tones, tmp_path / "new")
+    files = [file.relative_to(folder) for file in sorted(folder.rglob("*.wav"))]
+    path = folder / "clips.csv"
+    lines = [f"{file},{file.parent.name},{100 * (i % 5)},1000" for i, file in enumerate(files)]
+    path.write_text("\n".join(["path,label,start,end", *lines]))
+    with pytest.raises(DataError, match="milliseconds"):
+        read(checkpoint, path)
+    path.write_text(path.read_text().replace("start,end", "start_ms,end_ms"))
+    assert len(read(checkpoint, path)[1]) == len(files)

@@ -1,5 +1,8 @@
 """What only a CUDA device can show; skipped without one. Run alone: python -m pytest -m gpu"""
 import csv
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +13,7 @@ import torch
 import predict
 import train
 from build import fit_to_device
-from core.device.memory import BatchSplitter
+from core.device.memory import BatchSplitter, largest_batch
 from core.device.precision import Precision
 from core.learner import Learner
 from core.scoring import window_scores
@@ -31,6 +34,12 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def float32_is_float32(monkeypatch):
+    """By default cuDNN rounds the inputs of convolutions to 10 bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def make_learner(device, dtype=None, dim=64, seconds=2):
@@ -130,6 +139,8 @@ def test_out_of_memory_on_the_gpu_splits_the_micro_batch():
     wave = torch.cat([batch.wave for batch in micro_batches] * 16)
     target = torch.cat([batch.target for batch in micro_batches] * 16)
     large = [Batch(wave, target, np.arange(192), [])]
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     expected = train.train_step(learner, large, 0).numbers.cpu()
     peak = torch.cuda.max_memory_allocated()
     learner, _ = make_learner("cuda", dim=256, seconds=10)
@@ -150,12 +161,51 @@ def test_compiled_steps_are_the_plain_ones(mode):
     dtype, seconds = torch.bfloat16, 2
     expected = numbers_of_steps(*make_learner("cuda", dtype, seconds=seconds), 4)
     learner, micro_batches = make_learner("cuda", dtype, seconds=seconds)
-    args = SimpleNamespace(seconds=seconds, batch_size=4, compile=mode)
+    args = SimpleNamespace(seconds=seconds, batch_size=4, compile=mode, epochs=1, freeze_epochs=0)
     fit_to_device(args, learner, train.accumulate)
     assert learner.compiled is not None
     assert learner.compiled.graphs == (mode == "graphs")
     numbers = numbers_of_steps(learner, micro_batches, 4)
     torch.testing.assert_close(numbers, expected, rtol=3e-2, atol=3e-2)
+
+
+def test_largest_batch_leaves_a_tenth_of_the_free_memory_and_forgets_its_peak():
+    def attempt(size):
+        torch.empty(size << 30, dtype=torch.uint8, device="cuda")  # a GiB per clip
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    room = int(0.9 * (free + torch.cuda.memory_reserved())) >> 30
+    best = largest_batch(range(1, 300), attempt, torch.device("cuda"))
+    assert max(1, room - 1) <= best <= max(1, room)
+    assert torch.cuda.max_memory_allocated() < 1 << 30
+
+
+def test_moments_are_allocated_before_the_first_step_and_change_nothing():
+    expected = numbers_of_steps(*make_learner("cuda"), 2)
+    learner, micro_batches = make_learner("cuda")
+    learner.allocate_moments()
+    before = torch.cuda.memory_allocated()
+    numbers = numbers_of_steps(learner, micro_batches, 2)
+    assert torch.cuda.memory_allocated() - before < 1 << 20
+    torch.testing.assert_close(numbers, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_deterministic_steps_are_the_same_bit_for_bit(dtype):
+    """In a process of its own, because cuBLAS reads its setting at the first matrix product.
+
+    Clips of 25 s have more columns of patches than the position parameter, which is interpolated.
+    """
+    code = ("import sys; sys.path[:0] = ['.', 'tests']\n"
+            "from core.device.precision import use_deterministic\n"
+            "use_deterministic()\n"
+            "import torch, test_gpu\n"
+            f"make = lambda: test_gpu.make_learner('cuda', {dtype}, seconds=25)\n"
+            "first, second = (test_gpu.numbers_of_steps(*make(), 5) for _ in range(2))\n"
+            "assert torch.equal(first, second), (first, second)\n")
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # --- clips ---

@@ -48,7 +48,7 @@ def test_plain_form_and_back(tmp_path):
         else:
             assert value == getattr(restored, name)
     assert all(isinstance(value, str | list) for name, value in plain.items()
-               if name not in ("label_set", "content", "sources"))
+               if name not in ("label_set", "content", "sound", "sources"))
     assert plain["sources"]["label"] == "column label"
     without_folds = load_manifest(write_table(tmp_path, "path,label\na.wav,x\nb.wav,y\n"))
     assert Manifest.from_dict(without_folds.to_dict()).fold is None

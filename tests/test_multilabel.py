@@ -7,6 +7,7 @@ import html
 import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -582,6 +583,7 @@ def write_altered(trained, path, edit):
     parts = dict(load_checkpoint(trained / "best.pt"))
     edit(parts)
     save_checkpoint(path, parts)
+    shutil.copy(trained / "run.json", path.parent)  # so that its recordings are read
     return path
 
 

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from functools import partial
 
 import numpy as np
 import pytest
@@ -22,27 +21,13 @@ from dataset_server import (
     fetch_quietly,
     make_esc50,
     names_in_cache,
-    publish,
     read_tree,
-    running_server,
 )
 
 from data import download, named
 from data.load import load_manifest
 from data.manifest import DataError
 from data.named import SOURCES, credit, fetch, find_data
-
-
-@pytest.fixture
-def server(monkeypatch):
-    with running_server(monkeypatch) as server:
-        yield server
-
-
-@pytest.fixture
-def put(server, monkeypatch):
-    return partial(publish, server, monkeypatch)
-
 
 # ---- the table of sources
 
@@ -216,6 +201,22 @@ def test_interrupted_chunked_download_restarts(server, put, tmp_path):
     server.breaks = [len(server.data) // 2]
     assert read_tree(fetch_quietly("esc50", tmp_path)) == files
     assert [status for _, status in server.requests] == [200, 200]
+
+
+@pytest.mark.parametrize("least", [10**6, 1])  # the second is the control: fast enough
+def test_download_that_trickles_is_given_up(least, server, put, tmp_path, monkeypatch):
+    put("esc50")
+    server.ranges, server.seconds_per_block = False, 0.1
+    monkeypatch.setattr(download, "LEAST_SPEED", least)
+    monkeypatch.setattr(download, "SPEED_SECONDS", 0.3)
+    if least == 1:
+        assert fetch("esc50", tmp_path).is_dir()
+        return
+    with pytest.raises(DataError) as error:
+        fetch("esc50", tmp_path)
+    message = str(error.value)
+    assert "kB/s" in message and "by other means" in message and "start again" in message
+    assert len(server.requests) == download.TRIES
 
 
 def test_busy_server_is_asked_again(server, put, tmp_path):

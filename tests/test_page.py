@@ -23,18 +23,6 @@ from report.plots import envelope, thin
 from report.run_files import read_run
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    run = MadeRun(tmp_path_factory.mktemp("small") / "run", HOSTILE)
-    run.write()
-    return run
-
-
-@pytest.fixture
-def source(made):
-    return (made.folder / "report.html").read_text(encoding="utf-8")
-
-
 def clip_data(source):
     """What the page's script reads."""
     return json.loads(re.search(r'id="clips">(.*?)</script>', source)[1])
@@ -353,3 +341,10 @@ def test_import_loads_neither_torch_nor_picture_libraries():
     code = ("import sys, report.page; "
             "assert not {'torch', 'matplotlib', 'PIL', 'soundfile'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_flags_in_sentences_are_elements_not_text():
+    shown = page._keep_flags_whole("more <b> (--epochs), --mixup-alpha")
+    parsed = Text(str(shown))
+    assert [tag for tag, _ in parsed.tags] == ["span", "span"]
+    assert parsed.text == "more <b> ( --epochs ), --mixup-alpha"

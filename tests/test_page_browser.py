@@ -19,9 +19,7 @@ FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "-
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    made = MadeRun(tmp_path_factory.mktemp("small") / "run", HOSTILE)
-    made.write()
+def small(made):
     return made
 
 
@@ -330,3 +328,46 @@ def test_relevance_maps_can_be_hidden(browser, small):
     assert set(js(shown)) == {"block"}
     js("document.getElementById('relevance').click()")
     assert set(js(shown)) == {"none"}
+
+
+def test_pointing_at_a_spectrogram_shows_time_and_frequency(browser, small):
+    js = visit(browser, small)
+    picture = js("document.querySelector('.picture')")
+    js("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", picture)
+    move_to(browser, picture)  # the middle of 2 s and of 128 mels from 30 to 11,000 Hz
+    shown = js("document.querySelector('.pointed').textContent")
+    seconds, kilohertz = map(float, re.findall(r"[\d.]+", shown))
+    assert seconds == pytest.approx(1.0, abs=0.03)
+    assert kilohertz == pytest.approx((30 * 11000) ** 0.5 / 1000, abs=0.06)
+
+
+def test_ticks_lie_at_their_seconds(browser, case):
+    made, width = case
+    js = visit(browser, made, width)
+    for left, picture_left, size, text in js("""[...document.querySelectorAll('.times')]
+            .slice(0, 3).flatMap(times => [...times.children].slice(1, -1).map(tick => {
+                const box = times.getBoundingClientRect(), own = tick.getBoundingClientRect();
+                return [own.left + own.width / 2, box.left, box.width, tick.textContent]; }))"""):
+        assert (left - picture_left) / size == pytest.approx(float(text) / 2.0, abs=0.01)
+
+
+def test_top_leads_back_from_anywhere(browser, case):
+    made, width = case
+    js = visit(browser, made, width)
+    js("document.documentElement.style.scrollBehavior = 'auto'")
+    js("document.getElementById('reproduce').scrollIntoView()")
+    assert js("scrollY") > 1000
+    box = js("(e => [e.left, e.top, e.right, e.bottom])"
+             "(document.querySelector('a.top').getBoundingClientRect())")
+    assert 0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= 844
+    move_to(browser, js("document.querySelector('a.top')"), click=True)
+    wait_until(lambda: js("scrollY") == 0)
+
+
+def test_every_heading_has_a_hint_also_without_a_mouse(browser, small):
+    js = visit(browser, small, 360)
+    heads = js("[...document.querySelectorAll('.sortable thead th')].map(e => e.title)")
+    assert len(heads) == 8 and all(heads)
+    js("document.querySelector('.legend summary').click()")
+    shown = js("[...document.querySelectorAll('.legend dd')].map(e => e.innerText)")
+    assert shown == heads

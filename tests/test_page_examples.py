@@ -1,28 +1,17 @@
 """The clips that report.html shows: which ones, how they sound and look."""
 import base64
 import io
+import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import soundfile as sf
-from made_run import HOSTILE, MadeRun
 from PIL import Image
 
-from report import examples
+from report import examples, page
 from report.media import mp3
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    run = MadeRun(tmp_path_factory.mktemp("small") / "run", HOSTILE)
-    run.write()
-    return run
-
-
-@pytest.fixture
-def source(made):
-    return (made.folder / "report.html").read_text(encoding="utf-8")
 
 
 def in_page_order(examples_):
@@ -146,3 +135,42 @@ def test_choice_of_multi_label_examples():
     suspects = [(i, focus) for _, i, focus in examples.choose(
         scores, labels, ("suspect",), thresholds)]
     assert suspects == [(i, errors[i][0]) for i in sorted(errors, key=lambda i: -errors[i][1])[:12]]
+
+
+def test_round_seconds_lie_where_they_belong():
+    for seconds in (0.3, 1.0, 2.0, 4.0, 10.24, 3600.0):
+        ticks = examples.second_ticks(seconds)
+        assert 2 <= len(ticks) <= 6
+        assert all(float(text) == pytest.approx(place * seconds, abs=0.006)
+                   for text, place in ticks)
+
+
+def repeated(example, share):
+    """An example whose clip of `share` of the window was repeated to fill it."""
+    return replace(example, end=example.start + share * len(example.wave) / example.rate,
+                   spectrogram=np.resize(example.spectrogram, example.spectrogram.shape))
+
+
+def test_repeated_clip_is_shown_once_with_a_line(made, tmp_path):
+    original = next(example for example in made.examples if example.relevance is not None)
+    pages = {}
+    for share in (0.25, 1.0):  # the second is the control
+        out = made.write(tmp_path / f"{share}.html", examples=[repeated(original, share)])
+        pages[share] = out.read_text(encoding="utf-8")
+    assert "shorter than the window of 2.0 s" in " ".join(pages[0.25].split())
+    assert "shorter than the window" not in " ".join(pages[1.0].split())
+    assert embedded_pictures(pages[0.25], "spectrogram")[0].shape == (128, 22)  # of 87 frames
+    assert embedded_pictures(pages[1.0], "spectrogram")[0].shape == (128, 87)
+    assert embedded_pictures(pages[0.25], "the patches")[0].shape[:2] == (12, 2)
+    assert 'data-seconds="0.5' in pages[0.25] and 'data-seconds="2.0' in pages[1.0]
+    sound = re.search('src="data:audio/mpeg;base64,([^"]+)"', pages[0.25])[1]
+    wave, rate = sf.read(io.BytesIO(base64.b64decode(sound)))
+    assert len(wave) / rate == pytest.approx(0.5, abs=0.1)
+
+
+def test_clip_padded_with_silence_is_shown_whole(made):
+    short = repeated(made.examples[0], 0.25)
+    assert examples.first_copy(short, (16, 10)).window == 2.0  # control
+    run = json.loads((made.folder / "run.json").read_text())
+    run["flags"]["short"] = "pad"
+    assert not page.shown_once([short], run["flags"], (16, 10))[0].window

@@ -96,13 +96,14 @@ def test_a_very_long_recording_ends_at_its_end_and_not_where_float32_rounds():
     assert abs(float(np.float32(info.seconds)) * 22050 - exact) > 100
 
 
-@pytest.mark.parametrize("short", ["repeat", "pad"])
+@pytest.mark.parametrize("short", ["repeat", "pad", "place"])
 def test_a_recording_shorter_than_a_window(tmp_path, short):
     path = write_noise(tmp_path / "a.wav", 16000, 5000)
     [(start, end, wave)] = read_windows(path, Windows(16000, 16000, 16000, short))
     assert (start, end) == (0, 5000)
     assert np.array_equal(wave, fit(read(path, 16000), 16000, short))
-    assert wave[5000:].any() == (short == "repeat")
+    assert wave[11000:].any() == (short == "repeat")
+    assert wave[:5000].all() == (short != "place")
 
 
 @pytest.mark.parametrize("name, subtype", [

@@ -1,8 +1,10 @@
 """What the report says about confidence, silence and front ends that it does not know."""
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
+import flags
+from data.augment import Augment
 from metrics import reliability
 from model.frontend import FrontendConfig
 from report import verdict
@@ -72,3 +74,34 @@ def test_control_known_front_ends_are_described(kind, word):
     code = usage_code(INFO, FrontendConfig.of(kind), 44, False, (0.0, 1.0))
     compile(code, "usage", "exec")
     assert word in code and "NotImplementedError" not in code
+
+
+def training_words(made, **changes):
+    run = read_run(made.folder, made.folder / "test")
+    return " ".join(verdict.training(replace(run, run={**run.run, **changes})))
+
+
+STRENGTHS = [field.name for field in fields(Augment)
+             if field.default == 0 and field.name != "seed"]
+
+
+@pytest.mark.parametrize("name", [*STRENGTHS, "noise_p", "patchout", "new_one"])
+def test_every_augmentation_is_named(made, name, monkeypatch):
+    known = flags._add_augmentation_flags
+
+    def with_a_new_one(add):
+        known(add)
+        add("--new-one", 0.0, float, "an augmentation that the report has never heard of")
+
+    monkeypatch.setattr(flags, "_add_augmentation_flags", with_a_new_one)
+    values = {**flags.build_parser()[1], name: 1}
+    active = flags.active_augmentations(values)
+    assert active == [name]
+    assert f"(--{name.replace('_', '-')})" in training_words(made, augmentations=active)
+
+
+def test_control_no_augmentation_is_named_without_one(made):
+    defaults = flags.build_parser()[1]
+    assert flags.active_augmentations(defaults) == []
+    assert "augmented" not in training_words(made, augmentations=[])
+    assert "may be augmented" in training_words(made)  # a run of an older version

@@ -27,25 +27,14 @@ MEET_SECONDS = 300  # all ranks must have started by then
 BEAT_SECONDS = 2  # each rank tells the others so often that it lives
 SILENT_SECONDS = 60  # a rank that was silent for so long is given up
 SILENT_SECONDS_WHEN_STOPPING = 10  # the same after a signal
+ENDED_SECONDS = 5  # a rank that was silent for so long when an exchange failed has ended
+# The first rank may fetch or scan for hours while the others wait. They notice its end in another
+# way, by its heartbeat.
+HOST_TIMEOUT = timedelta(days=7)
 
 
 class DistributedError(RuntimeError):
     """Another process of the run is gone: one line, exit code 1."""
-
-
-@contextlib.contextmanager
-def _exchange():
-    """Turn the backends' errors (gloo has no type of its own) into a DistributedError."""
-    try:
-        yield
-    except DistributedError:
-        raise
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0][-120:]
-        raise DistributedError(
-            f"another process of this run has ended or cannot be reached ({reason}); "
-            "continue from the last checkpoint with --resume"
-        ) from None
 
 
 class LaunchError(InputError):
@@ -125,6 +114,12 @@ class Heartbeats:
         age, rank = max(ages)
         return rank, age
 
+    def ended_rank(self) -> int | None:
+        """The rank that has been silent for ENDED_SECONDS; None if none was or it is not known."""
+        rank, seconds = self.silent_for()
+        is_known = self._last[rank][0] is not None  # else the store itself has ended
+        return rank if is_known and seconds > ENDED_SECONDS else None
+
 
 class Distributed:
     """The processes ("ranks") of this run.
@@ -147,7 +142,10 @@ class Distributed:
         return self.rank == 0
 
     def start(self, device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> None:
-        """Meet the other processes. Call it first, on every rank."""
+        """Meet the other processes. Call it first, on every rank.
+
+        timeout: of the exchange of gradients.
+        """
         if self.size == 1:
             return
         port = os.environ.get("MASTER_PORT", "")
@@ -160,17 +158,18 @@ class Distributed:
             backend = "cpu:gloo,cuda:nccl"
         Distributed.started = True
         store = self._meet_others()
-        with _exchange():
+        with self._exchange():
             in_thread(lambda: dist.init_process_group(
                 backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout))
-            self._host_group = in_thread(lambda: dist.new_group(backend="gloo", timeout=timeout))
+            self._host_group = in_thread(
+                lambda: dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
         if not self.is_first:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (open until the process ends)
 
     def _meet_others(self):
         """The store that all ranks share, once all of them are there."""
         limit = timedelta(seconds=MEET_SECONDS)
-        with _exchange():
+        with self._exchange():
             store = in_thread(lambda: next(rendezvous("env://", timeout=limit)))[0]
             self._heartbeats = Heartbeats(dist.PrefixStore("warble", store.clone()), self.rank,
                                           self.size)
@@ -213,6 +212,30 @@ class Distributed:
             stream.flush()
         os._exit(code)
 
+    @contextlib.contextmanager
+    def _exchange(self):
+        """Turn the backends' errors (gloo has no type of its own) into a DistributedError."""
+        try:
+            yield
+        except DistributedError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0][-120:]
+            raise DistributedError(
+                f"{self._ended_rank()} of this run has ended or cannot be reached ({reason}); "
+                "continue from the last checkpoint with --resume"
+            ) from None
+
+    def _ended_rank(self) -> str:
+        """"rank 1", if its heartbeat has ended; else words that name none."""
+        until = time.monotonic() + ENDED_SECONDS + BEAT_SECONDS
+        while self._heartbeats is not None and time.monotonic() < until:
+            rank = self._heartbeats.ended_rank()
+            if rank is not None:
+                return f"rank {rank}"
+            time.sleep(0.2)
+        return "another process"
+
     def _wait(self, work) -> None:
         """Wait for an exchange on the host; obey signals, and give up if a rank is silent."""
         pause, next_look = 2e-5, time.monotonic() + BEAT_SECONDS
@@ -238,7 +261,7 @@ class Distributed:
         if self.size == 1:
             return numbers
         sums = torch.tensor(numbers, dtype=torch.float64)
-        with _exchange():
+        with self._exchange():
             self._wait(dist.all_reduce(sums, group=self._host_group, async_op=True))
         return tuple(type(number)(total) for number, total in zip(numbers, sums.tolist()))
 
@@ -252,7 +275,7 @@ class Distributed:
         """The object `item` of the rank `source`, on all ranks."""
         content = pickle.dumps(item) if self.rank == source else b""
         n_bytes = torch.tensor([len(content)])
-        with _exchange():
+        with self._exchange():
             self._wait(dist.broadcast(n_bytes, source, group=self._host_group, async_op=True))
             data = torch.zeros(int(n_bytes), dtype=torch.uint8)
             if self.rank == source:
@@ -280,7 +303,7 @@ class Distributed:
         if self.size == 1:
             return
         for value in module.state_dict().values():
-            with _exchange():
+            with self._exchange():
                 dist.broadcast(value, src=0)
 
     @torch.no_grad()
@@ -312,7 +335,7 @@ class Distributed:
     def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all ranks, in place, on its device."""
         if self.size > 1:
-            with _exchange():
+            with self._exchange():
                 if tensor.device.type == "cpu":
                     self._wait(dist.all_reduce(tensor, async_op=True))
                 else:  # waiting here would make the host wait for the GPU

@@ -7,8 +7,13 @@ from pathlib import Path
 import torch
 
 OUT_OF_MEMORY_MESSAGES = (
-    "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "can't allocate memory", "not enough memory", "bad_alloc",  # the host's allocators
+    "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+    "CUFFT_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED",
+    # cuDNN tries only algorithms whose working memory it can have.
+    "unable to find an engine", "valid cuDNN algorithm",
 )
+SPARE = 0.1  # share of the GPU's memory that the search for the largest batch leaves free
 
 
 class ClipTooLargeError(RuntimeError):
@@ -30,8 +35,8 @@ class BatchSplitter:
     give the gradients of the whole.
     """
 
-    def __init__(self, limit: int | None = None):
-        self.limit = limit
+    def __init__(self, limit: int | None = None, what: str = "micro-batches"):
+        self.limit, self.what = limit, what
 
     def slices(self, n_clips: int) -> list[slice]:
         """Slices that cover range(n_clips)."""
@@ -39,7 +44,7 @@ class BatchSplitter:
         return [slice(i, min(i + size, n_clips)) for i in range(0, n_clips, size)]
 
     def halve(self, n_clips: int, log: Callable[[str], None] = print) -> None:
-        """Memory ran out with micro-batches of `n_clips`: use half the size from now on.
+        """Memory ran out with `n_clips` at once: use half the size from now on.
 
         Raises ClipTooLargeError if single clips did not fit.
         """
@@ -48,13 +53,13 @@ class BatchSplitter:
             raise single_clip_does_not_fit()
         self.limit = (size + 1) // 2
         free_memory()
-        log(f"out of memory: micro-batches are split into parts of {self.limit} clips from now "
-            "on, with the same result; the step is repeated")
+        log(f"out of memory: {self.what} are split into parts of {self.limit} clips from now "
+            "on, with the same result; this one is repeated")
 
 
 def single_clip_does_not_fit() -> ClipTooLargeError:
-    return ClipTooLargeError("out of memory with a single clip; use a smaller --size, shorter "
-                             "--seconds, --checkpointing, or --amp bf16 or fp16")
+    return ClipTooLargeError("out of memory with a single clip; use a smaller --batch-size or "
+                             "--size, shorter --seconds, --checkpointing, or --amp bf16 or fp16")
 
 
 def free_memory() -> None:
@@ -64,35 +69,58 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_mb` of a GPU start again from what is in use now."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def largest_batch(sizes: Iterable[int], attempt: Callable[[int], None],
                   device: torch.device) -> int:
     """The largest of the rising `sizes` for which `attempt(size)`, a training pass, fits.
 
-    On a GPU a size fits if a tenth of the memory stays free. On a CPU the process would be killed
-    for asking too much, so growth is measured: a size that would need more than half of the free
-    memory is not tried. Raises ClipTooLargeError if not even the first size fits.
+    On a GPU a size fits if a tenth of the memory that other programs leave stays free. On a CPU the
+    process would be killed for asking too much, so growth is measured: a size that would need more
+    than half of the free memory is not tried. Raises ClipTooLargeError if not even the first size
+    fits.
     """
     best, used_before, growth = None, _peak_resident(), 0
+    reset_peak_memory(device)
+    room = _room_on_gpu(device)
     for size in sizes:
         if device.type == "cpu" and best and 2 * growth * size / best > _available():
             break
-        try:
-            attempt(size)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            free_memory()
+        if not fits(attempt, size):
             break
-        if device.type == "cuda":
-            total = torch.cuda.get_device_properties(device).total_memory
-            too_tight = torch.cuda.max_memory_reserved(device) > 0.9 * total
-            torch.cuda.empty_cache()
-            if too_tight and best:
-                break
+        too_tight = device.type == "cuda" and torch.cuda.max_memory_reserved(device) > room
+        if too_tight and best:
+            break
         best, growth = size, max(1, _peak_resident() - used_before)
+    free_memory()  # here the error of a failed attempt no longer holds its tensors
+    reset_peak_memory(device)
     if best is None:
         raise single_clip_does_not_fit()
     return best
+
+
+def fits(attempt: Callable, *arguments) -> bool:
+    """Call `attempt(*arguments)`, and return whether memory was enough for it."""
+    try:
+        attempt(*arguments)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def _room_on_gpu(device):
+    """Bytes that this process may take on a GPU: what it has and what is free, less SPARE."""
+    if device.type != "cuda":
+        return 0
+    free, _ = torch.cuda.mem_get_info(device)
+    return (1 - SPARE) * (free + torch.cuda.memory_reserved(device))
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -1,7 +1,9 @@
 """Where to compute and in which precision, decided once at the start and printed."""
 import contextlib
 import math
+import os
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -50,7 +52,8 @@ def _check_cuda(name, device):
         raise DeviceError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, "
                           "counted from 0")
     try:
-        torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()
+        # No matrix product: cuBLAS reads its settings at the first one (use_deterministic).
+        torch.ones(8, device=device).add(1).sum().item()
     except RuntimeError as error:  # no kernel image for an old GPU, a driver that is too old
         raise DeviceError(
             f"--device {name}: {torch.cuda.get_device_name(device)} cannot run torch "
@@ -79,15 +82,22 @@ class Precision:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def cast_weights_once(self) -> AbstractContextManager:
+    @contextlib.contextmanager
+    def cast_weights_once(self) -> Iterator[None]:
         """Put this around all micro-batches of a step.
 
         Autocast caches its copies of the weights until the outermost region ends, so they are cast
         once per step instead of once per micro-batch. Nothing else is cast in this outer region.
+
+        Backward passes run in the calling thread. In a thread of its own, as usual on a GPU, each
+        block that checkpointing recomputes would be an outermost region, and end the cache.
         """
         if self.dtype is None or not self.cast_once:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype, enabled=False)
+            yield
+            return
+        with (torch.autocast(self.device.type, self.dtype, enabled=False),
+              torch.autograd.set_multithreading_enabled(False)):
+            yield
 
     @property
     def name(self) -> str:
@@ -112,6 +122,8 @@ def choose_precision(device: torch.device, mode: str) -> Precision:
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Precision(device, torch.bfloat16, "the GPU computes in bf16")
+        if not fp16_convolution_works(device):  # GTX 16xx
+            return Precision(device, None, "the GPU has no bf16, and its fp16 gives NaNs")
         return Precision(device, torch.float16, "the GPU has no bf16; losses are scaled")
     if device.type == "cpu":
         speedup = _bf16_speedup()
@@ -121,6 +133,25 @@ def choose_precision(device: torch.device, mode: str) -> Precision:
         reason = f"bf16 matrix products run at {speedup:.2g} of float32's speed on this CPU"
         return Precision(device, None, reason)
     return Precision(device, None, f"no mixed precision on {device.type}")
+
+
+def fp16_convolution_works(device: torch.device) -> bool:
+    """Whether a small convolution in fp16 gives the finite values that it should."""
+    ones = torch.ones(2, 1, 64, 64, dtype=torch.float16, device=device)
+    sums = torch.nn.functional.conv2d(ones, ones[:, :, :16, :16], stride=10)  # (2, 2, 5, 5)
+    return bool((sums == 16 * 16).all())
+
+
+def use_deterministic() -> None:
+    """Let all operations be those that give the same bits each time (--deterministic).
+
+    Call it before the first matrix product on a GPU, because cuBLAS reads its setting only then.
+    An operation without such a version raises a RuntimeError.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
 
 
 def _bf16_speedup() -> float:

@@ -13,7 +13,7 @@ import torch
 
 from data.manifest import Manifest
 from data.splits import split_hash
-from util import InputError, if_supported
+from util import InputError, if_supported, read_regular
 
 from .checkpoint import (
     Checkpoint,
@@ -119,7 +119,7 @@ def _continue_from_file(path, run_dir):
 def _is_run_of(checkpoint, folder):
     """Whether a folder has the run of this checkpoint, as its run.json tells, or none."""
     try:
-        info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        info = json.loads(read_regular(folder / "run.json"))
     except FileNotFoundError:
         return True
     except (OSError, ValueError):
@@ -230,9 +230,14 @@ def is_being_written(folder: Path) -> bool:
     return False
 
 
-def newest_run(folder: str | Path, name: str) -> Path | None:
-    """The newest `<folder>/*/<name>` by time of writing, or None."""
-    candidates = [path for path in Path(folder).glob(f"*/{name}") if path.is_file()]
+def newest_run(folder: str | Path, name: str, with_folds: bool = False) -> Path | None:
+    """The newest `<folder>/*/<name>` by time of writing, or None.
+
+    with_folds: also look into the folders that `--folds` makes, `<folder>/*/fold*/`.
+    """
+    patterns = ["*", "*/fold*"] if with_folds else ["*"]
+    candidates = [path for pattern in patterns for path in Path(folder).glob(f"{pattern}/{name}")
+                  if path.is_file()]
     return max(candidates, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 

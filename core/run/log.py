@@ -1,12 +1,11 @@
 """The tables that a run writes: steps.csv, history.csv, events.csv, and TensorBoard events."""
-import csv
 import os
 from pathlib import Path
 
 import numpy as np
 
 from metrics import HISTORY_COLUMNS
-from util import atomic_write
+from util import CsvWriter, atomic_write, csv_rows, open_text
 
 from .progress import Progress
 
@@ -28,17 +27,17 @@ class CsvLog:
     def __init__(self, path: Path, columns: list[str], last: int = 0):
         rows = []
         if last and path.exists():
-            with open(path, newline="", encoding="utf-8") as file:
+            with open_text(path) as file:
                 # By name: another version of the program may have written other columns.
-                rows = [[row.get(name) or "" for name in columns] for row in csv.DictReader(file)
+                rows = [[row.get(name) or "" for name in columns] for row in csv_rows(file)
                         if is_number_up_to(row.get(columns[0]), last)]
         with atomic_write(path) as file:
-            csv.writer(file).writerows([columns, *rows])
+            CsvWriter(file).writerows([columns, *rows])
         self.columns = columns
         # Line-buffered, so that a reader can follow the file while the run goes on.
         self.file = open(path, "a", newline="", encoding="utf-8",  # noqa: SIM115
                          errors="backslashreplace", buffering=1)
-        self.writer = csv.writer(self.file)
+        self.writer = CsvWriter(self.file)
 
     def append(self, **values) -> None:
         """Write one row; floats are written so that they read back exactly."""
@@ -85,7 +84,7 @@ class RunLog:
             self.board.flush()
 
     def event(self, step: int, epoch: int, event: str, detail: str) -> None:
-        """Write a row of events.csv: skipped, diverged, rollback, unreadable, cache."""
+        """Write a row of events.csv: skipped, scale, diverged, rollback, unreadable, cache."""
         self.events.append(step=step, epoch=epoch, event=event, detail=detail)
 
     def finish(self, step: int, flags: dict, metrics: dict) -> None:

@@ -34,6 +34,7 @@ from .checkpoint import (
 )
 from .folder import RunError, create_run, open_run
 from .log import RunLog
+from .origin import read_run_info
 from .progress import Progress
 from .signals import Interrupted, StopRequest
 
@@ -127,6 +128,16 @@ class Run:
             return folder
         self.folder = self.distributed.on_first_rank(create)
 
+    def update_info(self, info: dict) -> None:
+        """Make the run.json of a resumed run say where the data are now, or write it from `info`
+        if there is none. `evaluate.py` reads the recordings that it names."""
+        def update():
+            path = self.folder / "run.json"
+            old = read_run_info(self.folder) or info
+            if not path.exists() or old["data"]["root"] != info["data"]["root"]:
+                write_json(path, old | {"data": old["data"] | {"root": info["data"]["root"]}})
+        self.distributed.on_first_rank(update)
+
     def begin(self, manifest: Manifest, bad_files: list, constant: dict, *, save_every: str,
               max_skips: int, max_bad_share: float, read_late: bool, tensorboard: bool) -> None:
         """Open the logs; from here on signals save the run.
@@ -193,7 +204,11 @@ class Run:
                           loss=numbers.loss_sum / result.n_clips, grad_norm=numbers.grad_norm,
                           clips=result.n_clips, scale=numbers.scale,
                           lr_backbone=numbers.lr_backbone, lr_head=numbers.lr_head)
-        if numbers.applied != 1:
+        if numbers.applied != 1 and numbers.scale > 1 and math.isfinite(numbers.loss_sum):
+            # The search for the largest scale that fp16 can do with; the clips are sound.
+            self.event("scale", f"fp16 gradients overflowed, so the step was skipped and the loss "
+                                f"scale of {numbers.scale:g} is lowered")
+        elif numbers.applied != 1:
             names = ", ".join(self._suspected_clips(result.losses))
             self.event("skipped", f"loss or gradients are not finite; clips: {names}")
         if self._bar is not None:

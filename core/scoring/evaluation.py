@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from core.device.memory import BatchSplitter, is_out_of_memory
 from core.device.precision import Precision
 from core.divergence import TrainingError
 from data.clips import Batch
@@ -94,15 +95,29 @@ def _scores_on_device(model, frontend, wave, precision, multi_label):
     return logits, scores, features
 
 
-def _score_batch(scorer, batch, multi_label):
-    """Of each tile of a batch: scores (B, classes), loss, is it correct, is it silent, each (B,).
+def _score_or_split(scorer, batch, multi_label, splitter):
+    """`_score_batch`; if memory runs out, again in smaller parts."""
+    wave, target = (tensor.to(scorer.precision.device, non_blocking=True)
+                    for tensor in (batch.wave, batch.target))
+    while True:
+        try:
+            parts = [_score_batch(scorer, wave[part], target[part], multi_label)
+                     for part in splitter.slices(len(batch.rows))]
+            return [np.concatenate(columns) for columns in zip(*parts)]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside of the except block the error no longer holds the failed attempt's tensors.
+        splitter.halve(len(batch.rows))
+
+
+def _score_batch(scorer, wave, target, multi_label):
+    """Scores (B, classes), loss, is it correct, is it silent, each (B,), of tiles (B, samples).
 
     All are float64 on the host, and come from the device in one copy.
     """
-    wave = batch.wave.to(scorer.precision.device, non_blocking=True)
     logits, scores, _ = _scores_on_device(scorer.model, scorer.frontend, wave, scorer.precision,
                                           multi_label)
-    target = batch.target.to(logits.device, non_blocking=True)
     columns = (scorer.loss_fn(logits, target), is_correct(logits, target),
                _is_silent_on_device(wave))
     columns = torch.cat([scores, *(column[:, None].double() for column in columns)], dim=1)
@@ -129,7 +144,7 @@ def evaluate(scorer: Scorer, batches: Iterable[Batch], manifest: Manifest, rows:
     n_tiles = np.zeros(len(rows), np.int64)
     silent_tiles = np.zeros(len(rows), np.int64)
     correct_tiles = np.zeros(len(rows), np.int64)
-    broken = {}
+    broken, splitter = {}, BatchSplitter(what="batches of evaluation")
     is_quiet = progress_title is None or not sys.stderr.isatty()
     bar = tqdm(batches, desc=progress_title, leave=False, disable=is_quiet, unit="batch")
     with precision.cast_weights_once():
@@ -139,7 +154,8 @@ def evaluate(scorer: Scorer, batches: Iterable[Batch], manifest: Manifest, rows:
             broken.update(batch.broken)
             if len(batch.rows) == 0:
                 continue
-            tile_scores, loss, correct, silent = _score_batch(scorer, batch, manifest.multi_label)
+            tile_scores, loss, correct, silent = _score_or_split(
+                scorer, batch, manifest.multi_label, splitter)
             indices = [index_of[row] for row in batch.rows.tolist()]
             np.add.at(scores, indices, tile_scores)
             np.add.at(losses, indices, loss)

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data.clip_times import check_times
 from data.content import UNKNOWN, content_keys
 from data.manifest import DataError, Manifest
+from data.prepare import MAX_CLIPS_TO_DECODE
 from data.scan import scan
+from data.sound_print import SHORT, matches
 from util import plural, summarize
 
 MAX_MIXED_SHARE = 0.05  # of the given clips, that may be of the other kind
@@ -177,6 +180,7 @@ def other_data(run: Manifest, compared: Comparison) -> tuple[Manifest, list[str]
     """Every readable clip of other data -> (manifest without a split, notes)."""
     given = compared.given
     found = scan(given, None, full=False)
+    check_times(given, found.file_seconds, found.rate, MAX_MIXED_SHARE)
     readable = np.flatnonzero(found.ok)
     if len(readable) == 0:
         raise DataError(f"--data {given.root}: none of the {len(given)} files can be read; the "
@@ -193,7 +197,28 @@ def other_data(run: Manifest, compared: Comparison) -> tuple[Manifest, list[str]
     if n_seen:
         notes.append(f"LEAK: {n_seen} of {len(manifest)} clips were used in training or "
                      "validation of this checkpoint: the results are too good")
+    notes += _describe_near(run, manifest)
     return manifest, notes
+
+
+def _describe_near(run, given):
+    """Lines on given clips that sound like recordings of the run, in another format or rate."""
+    if run.sound is None:
+        return ["  copies in another format or rate are not looked for: the run has no prints of "
+                "its recordings (train.py --scan full makes them)"]
+    if len(given) > MAX_CLIPS_TO_DECODE:
+        return [f"  copies in another format or rate are not looked for in {len(given)} clips"]
+    prints = scan(given, None, full=True).prints
+    if prints is None:
+        return []
+    used = np.concatenate([run.rows("train"), run.rows("val")])
+    match = matches(prints, run.sound[used].view(SHORT))
+    rows = np.flatnonzero(match >= 0)
+    if len(rows) == 0:
+        return []
+    examples = [f"{given.paths[row]} = {run.paths[used[match[row]]]}" for row in rows[:3].tolist()]
+    return [f"LEAK: {len(rows)} of {len(given)} clips sound the same as clips used in training or "
+            f"validation of this checkpoint: the results are too good, e.g. {'; '.join(examples)}"]
 
 
 def count_seen(run: Manifest, given: Manifest, rows: np.ndarray) -> int:

@@ -74,7 +74,7 @@ def find_checkpoint(name: str) -> Path:
     path = Path(name)
     if path.is_file() or path.name != name:
         return path
-    in_newest_run = newest_run("runs", name)
+    in_newest_run = newest_run("runs", name, with_folds=True)
     if in_newest_run is not None:
         if is_being_written(in_newest_run.parent):
             print(f"note: the newest run, {in_newest_run.parent}, is still being written; for "

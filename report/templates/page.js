@@ -90,6 +90,22 @@ for (const link of document.querySelectorAll("[data-go]")) {
   link.addEventListener("click", () => choose(link.dataset.go, true));
 }
 
+// Pointing at a spectrogram shows time and frequency below it.
+const mels = $("listen")?.dataset.hertz.split(" ").filter(Boolean).map(Number) ?? [];
+for (const picture of document.querySelectorAll(".picture")) {
+  const line = picture.closest(".card").querySelector(".pointed");
+  const seconds = Number(picture.dataset.seconds);
+  picture.addEventListener("pointermove", event => {
+    const box = picture.getBoundingClientRect();
+    const across = (event.clientX - box.left) / box.width;
+    const up = 1 - (event.clientY - box.top) / box.height;
+    const mel = Math.max(0, Math.min(mels.length - 1, Math.floor(up * mels.length)));
+    const hertz = mels.length ? `, ${(mels[mel] / 1000).toFixed(2)} kHz` : "";
+    line.textContent = `${(across * seconds).toFixed(2)} s${hertz}`;
+  });
+  picture.addEventListener("pointerleave", () => { line.textContent = ""; });
+}
+
 // Players: one at a time, with a line that moves over the spectrogram.
 // A click on it plays from there.
 const players = [...document.querySelectorAll("audio")];

@@ -1,6 +1,7 @@
 """Checkpoints that somebody altered: valid files whose contents are wrong (fault 17)."""
 import contextlib
 import resource
+import shutil
 import time
 import zipfile
 from pathlib import Path
@@ -151,7 +152,12 @@ EDITS = WEIGHTS | CONFIGS | CLIPS | TRAINING
 
 @pytest.fixture
 def altered(finished_run, tmp_path):
-    """-> function: write x.pt, the finished run's checkpoint after `edit(state)` -> its path."""
+    """-> function: write x.pt, the finished run's checkpoint after `edit(state)` -> its path.
+
+    The run's run.json is beside it, so that its recordings are read.
+    """
+    shutil.copy(finished_run / "run.json", tmp_path)
+
     def write(edit):
         state = dict(load_checkpoint(finished_run / "best.pt"))
         edit(state)

@@ -142,6 +142,18 @@ def test_schedule_waits_for_a_step_that_the_scaler_skips(tones, tmp_path, monkey
     check_rates(steps, skipped_steps(run))
 
 
+def test_overflow_at_a_high_loss_scale_is_no_fault_of_the_clips(tones, tmp_path, monkeypatch):
+    flags, run = ("--max-skips", 50), tmp_path / "run"
+    assert program(monkeypatch, tmp_path, *flags, data=tones, prepare=overflowing_scale) == 0
+    events = rows(run / "events.csv")
+    scales = [float(row["scale"]) for row in rows(run / "steps.csv")]
+    assert len(events) >= 1
+    for event in events:
+        assert event["event"] == "scale"
+        assert f"{scales[int(event['step']) - 1]:g}" in event["detail"]
+        assert ".wav" not in event["detail"]
+
+
 def test_control_schedule_that_does_not_wait_is_detected(tones, tmp_path, monkeypatch):
     def step_always(patch):
         real_step = RelativeSchedule.step

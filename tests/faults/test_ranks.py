@@ -3,6 +3,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -335,6 +336,38 @@ def test_rank_that_is_stopped_is_named_after_a_signal(tones, tmp_path):
         continue_all(pids)
     out, _ = process.communicate(timeout=60)
     assert re.search(r"error: rank 1 of 2 has not answered for 1\d s.*--resume", out)
+
+
+def two_ranks(code, tmp_path):
+    """Run `code` after `ranks.start(cpu, timeout of 3 s)` on two ranks -> [(exit code, stderr)]."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    start = ("import os, time, torch\nfrom datetime import timedelta\n"
+             "from core.device.distributed import Distributed\nranks = Distributed()\n"
+             "ranks.start(torch.device('cpu'), timedelta(seconds=3))\n")
+    processes = [subprocess.Popen(
+        [sys.executable, "-c", start + code], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        env=environment(tmp_path) | {
+            "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in range(2)]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    return list(zip([process.returncode for process in processes], errors, strict=True))
+
+
+def test_ranks_wait_for_long_work_of_the_first_one(tmp_path):
+    """Longer than the exchange of gradients may take: it may fetch recordings for an hour."""
+    code = "assert ranks.on_first_rank(lambda: time.sleep(7) or 5) == 5\nranks.leave(0)\n"
+    for exit_code, error in two_ranks(code, tmp_path):
+        assert exit_code == 0, error
+
+
+def test_rank_that_has_ended_is_named(tmp_path):
+    code = "if ranks.rank == 1:\n    os._exit(9)\nranks.all_reduce_sum(1)\n"
+    (exit_code, error), (killed_code, _) = two_ranks(code, tmp_path)
+    assert killed_code == 9
+    assert exit_code not in (0, 9)
+    assert "DistributedError: rank 1 of this run has ended" in error
 
 
 class DictStore:
