@@ -3,6 +3,8 @@ import os
 import re
 from pathlib import Path
 
+from util import open_regular, unescape_cell
+
 from .clip_times import kind_of
 from .columns import COLUMNS, KNOWN_NAMES
 from .csv_table import Table, column_name, read_rows, skip_preamble
@@ -33,10 +35,8 @@ def read_text(path: Path, size: int = -1) -> str:
 
     size: the number of bytes to read, -1 for all. Raises DataError.
     """
-    if not os.path.isfile(path):  # opening a pipe would wait for ever
-        raise DataError(f"{path} is no file that can be read; fix or remove it")
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             raw = file.read(size)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}; fix the file") from None
@@ -61,6 +61,8 @@ def read_annotation_table(path: Path) -> Table:
     else:
         lines = [(number, row) for number, row in read_rows(path, text, separator, n_skipped)
                  if any(row)]
+        if separator != "\t":  # selection tables are not escaped
+            lines = [(number, [unescape_cell(cell) for cell in row]) for number, row in lines]
     if not lines:
         raise DataError(f"{path} is empty; write its header, or remove it")
     (_, header), *lines = lines

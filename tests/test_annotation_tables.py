@@ -1,11 +1,14 @@
 """Annotated recordings: tables of programs, and tables of many recordings."""
+import io
 import math
+from types import SimpleNamespace
 
 import pytest
 from recordings import touch
 from test_annotations import refused, spans, write
 
 from data.annotations import is_annotated, load_annotations
+from report.tracks import window_rows
 
 AB = [("a.wav", 0, 3, ("crow",)), ("b.wav", 3, 6, ("jay",))]
 
@@ -238,6 +241,19 @@ def test_genus_and_epithet(tmp_path):
                                       "a.wav,3,6,Pica,pica\n")
     found = load_annotations(path)
     assert [event.labels for event in found.events] == [("Corvus corone",), ("Pica pica",)]
+
+
+def test_windows_that_predict_has_written(tmp_path):
+    touch(tmp_path, "a.wav")
+    text = io.StringIO()
+    write_window = window_rows(text, SimpleNamespace(path="a.wav"))
+    for start, label in ((0.0, "=crow"), (1 / 3, "'Apapane"), (2.0, "a, b")):
+        write_window(start, start + 1.0, [(label, "0.9")])
+    write_window(4.0, 5.0, [])
+    path = write(tmp_path, "windows.csv", "path,start,end,label,score\n" + text.getvalue())
+    assert spans(load_annotations(path)) == [
+        ("a.wav", 0, 1, ("=crow",)), ("a.wav", 0.333, 1.333, ("'Apapane",)),
+        ("a.wav", 2, 3, ("a, b",)), ("a.wav", 4, 5, ())]
 
 
 def test_label_column_other_than_label(tmp_path):
