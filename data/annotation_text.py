@@ -91,13 +91,17 @@ def form_of(path: Path) -> str | None:
     if path.name.lower().endswith(".txt") and _is_label_track(text):
         return "audacity"
     text, _, separator = skip_preamble(text)
-    fields = [[field.strip(' "') for field in line.split(separator)]
-              for line in split_lines(text) if line]
-    names = [column_name(name) for name in fields[0]] if fields else []
-    return _form_of_names(names, fields[1:], path.name.lower())
+    lines = [line for line in split_lines(text) if line]
+
+    def first_rows():
+        return [[field.strip(' "') for field in line.split(separator)] for line in lines[1:]]
+
+    header = lines[0].split(separator) if lines else []
+    names = [column_name(name.strip(' "')) for name in header]
+    return _form_of_names(names, first_rows, path.name.lower())
 
 
-def _form_of_names(names, rows, file_name):
+def _form_of_names(names, first_rows, file_name):
     has = set(names).issuperset
     if has({"begin_time_s", "end_time_s"}) and (
             {"selection", "view"} & set(names) or re.search(r"selections?(\.table)?\.txt$",
@@ -118,7 +122,7 @@ def _form_of_names(names, rows, file_name):
     if "label_type" in names or (file_name == "annotations.csv" and names == [
             "filename", "start_time_s", "end_time_s", "label"]):
         return "hoplite"
-    if has_times and has_path and not known & LABEL_NAMES and class_columns(names, rows):
+    if has_times and has_path and not known & LABEL_NAMES and class_columns(names, first_rows()):
         return "one-hot"
     if has_times and not has_path and known & LABEL_NAMES:
         return "simple-seq"
@@ -148,9 +152,12 @@ def _is_label_track(text):
 
     Three columns of numbers can be anything; whole numbers in the last one can be labels.
     """
+    first = text.lstrip("\r\n").split("\t", 1)[0].strip()
+    if not NUMBER.fullmatch(first):
+        return False
     lines = [line.split("\t") for line in split_lines(text) if line.strip()]
     events = [fields for fields in lines[:200] if fields[0] != "\\"]
-    if lines[0][0] == "\\" or not all(
+    if not all(
             len(fields) in (2, 3) and all(NUMBER.fullmatch(field.strip()) for field in fields[:2])
             for fields in events[:3]):
         return False

@@ -3,6 +3,8 @@
 A recording is long and holds events with a start and an end. A form is known by the header of its
 tables (annotation_text.form_of) and read by annotation_forms. What is not clear is an error.
 """
+import contextlib
+import gc
 import math
 import os
 from collections import Counter, defaultdict
@@ -138,7 +140,8 @@ def load_annotations(data: str | os.PathLike, audio_dir: str | os.PathLike | Non
 
     result = Annotations(recordings.root, data.name if is_folder else data.stem, [], [], [],
                          reading.notes, reading.sources)
-    _collect(result, forms, reading, recordings, folder)
+    with _without_collector():
+        _collect(result, forms, reading, recordings, folder)
     result.notes += recordings.describe()
     if "label" in result.sources:
         result.notes.insert(0, f"labels are from {result.sources['label']}")
@@ -147,6 +150,18 @@ def load_annotations(data: str | os.PathLike, audio_dir: str | os.PathLike | Non
         result.notes.append(f"{plural(len(result.unlisted), 'recording')} without annotations, not "
                             f"used: {summarize(result.unlisted, 3)}")
     return result
+
+
+@contextlib.contextmanager
+def _without_collector():
+    """Python's garbage collector off: it would search all rows many times and find nothing."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _audio_root(folder, audio_dir, is_folder):
