@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from util import plural, summarize
 
 from .annotation_text import LABEL_NAMES, PATH_NAMES
-from .clip_times import is_clock_time
+from .clip_times import is_clock_time, kind_of
 from .columns import COLUMNS
 from .csv_table import Table, as_text, column_name
 from .manifest import DataError
@@ -18,11 +18,12 @@ ORDER = ["species", "annotation", "annotations", "label", "labels", "common_name
          "scientific_name", "species_code", "sound_type", "call_type", "class", "name"]
 # Columns of Raven and notes of people, which name no class.
 NO_LABELS = {
-    "", "selection", "view", "channel", "begin_file", "end_file", "begin_path", "begin_date",
-    "end_date", "file", "notes", "note", "comment", "comments", "remark", "remarks", "observer",
-    "analyst", "annotator", "author", "reviewer", "validator", "confidence", "score", "rank",
-    "quality", "date", "time", "week", "model", "species_list", "id", "begin_clock_time",
-    "end_clock_time", "begin_date_time", "end_date_time", "date_time", "datetime", "timestamp",
+    "", "selection", "view", "channel", "begin_file", "end_file", "begin_path", "end_path",
+    "begin_date", "end_date", "file", "notes", "note", "comment", "comments", "remark",
+    "remarks", "observer", "analyst", "annotator", "author", "reviewer", "validator",
+    "confidence", "score", "rank", "quality", "date", "time", "week", "model", "species_list",
+    "id", "begin_clock_time", "end_clock_time", "begin_date_time", "end_date_time",
+    "date_time", "datetime", "timestamp",
 } | {name for role in ("split", "fold", "group", "folder") for name in COLUMNS[role].split()}
 UNIT = re.compile(r"\((s|min|ms|hz|khz|hz/s|db.*|u|%|bits|samples|.*fs.*)\)$", re.IGNORECASE)
 NUMERIC = re.compile(r"[\s\d.,eE+-]*|nan|inf", re.IGNORECASE)
@@ -86,7 +87,7 @@ def _values_by_column(tables):
     values = {}
     for table in tables:
         for i, (header, name) in enumerate(zip(table.header, table.names)):
-            if name in NO_LABELS or name in PATH_NAMES or UNIT.search(header):
+            if name in NO_LABELS | PATH_NAMES or UNIT.search(header) or kind_of(name)[0]:
                 continue
             own = {row[i].strip() for row in table.rows} - {""}
             if own:

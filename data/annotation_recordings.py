@@ -11,6 +11,7 @@ from .csv_table import as_text
 from .files import SYSTEM_FOLDERS, find_audio, suffix
 from .locate import Names, simplify, with_slashes
 from .manifest import DataError, native_path
+from .stream import safe_name
 
 # What programs and people put between the name of a recording and the suffix of its table.
 ENDING = re.compile(
@@ -93,7 +94,15 @@ class Recordings:
                                 f"{self.root}; name it after one of them, with its suffix")
             if places:
                 return places[0]
-        return None
+        return self._by_safe_name(stems_of(name))
+
+    def _by_safe_name(self, stems):
+        """The recording that predict.py gave another name, without signs that systems forbid."""
+        if not any(re.search(r"-[0-9a-f]{12}$", stem) for stem in stems):
+            return None
+        places = [path for path in sorted(self.paths)
+                  if simplify(safe_name(os.path.basename(path))) in stems]
+        return places[0] if len(places) == 1 else None
 
     def describe(self) -> list[str]:
         """Lines on recordings that are not where a table says."""
@@ -101,6 +110,11 @@ class Recordings:
             return []
         text, path = next(iter(self.changed.items()))
         return [f"{plural(len(self.changed), 'recording')} found by name, e.g. {text} as {path}"]
+
+
+def same_name(text: str, path: str) -> bool:
+    """Whether a table's text for a recording and a path have the same file name."""
+    return simplify(os.path.basename(with_slashes(text))) == simplify(os.path.basename(path))
 
 
 def stems_of(name: str) -> list[str]:
@@ -118,9 +132,15 @@ def stems_of(name: str) -> list[str]:
 
 
 def find_tables(folder: Path) -> list[str]:
-    """Paths of .txt, .csv and .tsv files below a folder, relative to it, sorted."""
+    """Paths of .txt, .csv and .tsv files below a folder, relative to it, sorted.
+
+    Raises OSError if a folder cannot be read.
+    """
+    def fail(error):
+        raise error
+
     tables = []
-    for where, folders, names in os.walk(folder):
+    for where, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders
                       if not name.startswith(".") and name.lower() not in SYSTEM_FOLDERS]
         place = os.path.relpath(where, folder)

@@ -2,6 +2,7 @@
 import math
 from collections.abc import Sequence
 
+from .annotation_rows import add_source
 from .annotation_text import frequency_columns
 from .clip_times import TimeColumn, is_clock_time, time_columns
 from .csv_table import Table
@@ -23,26 +24,29 @@ def number(text: str) -> float:
     return value
 
 
-def seconds_of(table: Table, column: int, unit: float = 1.0) -> list[float]:
-    """The times of a column in seconds. unit: seconds per unit. Raises DataError."""
+def seconds_of(table: Table, column: int, unit: float = 1.0, most: float = DAY) -> list[float]:
+    """The times of a column in seconds. unit: seconds per unit. most: seconds that are possible.
+
+    Raises DataError.
+    """
     texts = [row[column] for row in table.rows]
     try:
         values = [unit * float(text) for text in texts]
-        if all(0 <= value <= DAY for value in values) and "_" not in "".join(texts):
+        if all(0 <= value <= most for value in values) and "_" not in "".join(texts):
             return values
     except ValueError:
         pass
-    return [_checked_seconds(table, row, column, unit) for row in range(len(texts))]
+    return [_checked_seconds(table, row, column, unit, most) for row in range(len(texts))]
 
 
-def _checked_seconds(table, row, column, unit):
+def _checked_seconds(table, row, column, unit, most):
     text = table.rows[row][column].strip()
     place = f"{table.path} row {table.numbers[row]}: {table.header[column]} is"
     try:
         value = unit * number(text)
     except ValueError:
         value = math.nan
-    if value > DAY:
+    if value > most:
         raise DataError(f"{place} {value:.10g} s, which is beyond a day; make it seconds from the "
                         "start of the recording")
     if not value >= 0:
@@ -61,29 +65,32 @@ def column_of(table: Table, *names: str) -> int:
 
 
 def start_and_end(table: Table, start: int, end: int | None = None, duration: int | None = None,
-                  units: Sequence[float] = (1.0, 1.0)) -> tuple[list[float], list[float]]:
+                  units: Sequence[float] = (1.0, 1.0), most: float = DAY
+                  ) -> tuple[list[float], list[float]]:
     """Times of each row in seconds, from columns of start and either end or duration.
 
-    units: seconds per unit of the two. Raises DataError, also if an event ends before its start.
+    units: seconds per unit of the two. most: seconds that are possible. Raises DataError, also if
+    an event ends before its start.
     """
-    starts = seconds_of(table, start, units[0])
+    starts = seconds_of(table, start, units[0], most)
     if end is not None:
-        ends = seconds_of(table, end, units[1])
+        ends = seconds_of(table, end, units[1], most)
     else:
-        lengths = seconds_of(table, duration, units[1])
+        lengths = seconds_of(table, duration, units[1], most)
         # Without the error of the sum, which could reach into the next window.
         ends = [round(a + b, 9) for a, b in zip(starts, lengths)]
-    check_order(table, starts, ends)
+    check_order(table, starts, ends, most)
     return starts, ends
 
 
-def check_order(table: Table, starts: Sequence[float], ends: Sequence[float]) -> None:
-    """Raise DataError if an event ends before its start or beyond a day."""
+def check_order(table: Table, starts: Sequence[float], ends: Sequence[float], most: float = DAY
+                ) -> None:
+    """Raise DataError if an event ends before its start or beyond `most` seconds."""
     for row, (start, end) in enumerate(zip(starts, ends)):
         if end < start:
             raise DataError(f"{table.path} row {table.numbers[row]}: the event ends at {end:g} s, "
                             f"before its start at {start:g} s; fix the row")
-        if end > DAY:
+        if end > most:
             raise DataError(f"{table.path} row {table.numbers[row]}: the event ends at {end:.10g} "
                             "s, which is beyond a day; make it seconds from the start of the "
                             "recording")
@@ -102,8 +109,8 @@ def times_by_name(table: Table, sources: dict[str, str]) -> tuple[list[float], l
         missing = "start" if "start" not in columns else "end"
         raise DataError(f"{table.path} has no column of the event's {missing} among "
                         f"{', '.join(table.header)}; add one, in seconds")
-    sources["time"] = "columns " + ", ".join(_describe(table, role, column)
-                                             for role, column in columns.items())
+    add_source(sources, "time", "columns " + ", ".join(
+        _describe(table, role, column) for role, column in columns.items()))
     units = columns["start"].seconds, last.seconds
     if "end" in columns:
         return start_and_end(table, columns["start"].index, last.index, units=units)

@@ -3,27 +3,27 @@
 A recording is long and holds events with a start and an end. A form is known by the header of its
 tables (annotation_text.form_of) and read by annotation_forms. What is not clear is an error.
 """
+import contextlib
+import gc
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
-
-import numpy as np
 
 from util import plural, summarize
 
-from .annotation_forms import FORMS, Reading, count_forms, read_form
-from .annotation_recordings import Recordings, find_tables
+from .annotation_forms import FORMS, count_forms, read_form
+from .annotation_recordings import Recordings, find_tables, same_name, stems_of
+from .annotation_rows import Reading
 from .annotation_text import form_of, is_table
-from .clip_times import check_times
+from .audio import AUDIO_SUFFIXES
+from .files import suffix
+from .locate import simplify
 from .manifest import DataError
 
 MAX_PROBES = 200  # files below a folder that are looked at to know whether they are annotations
-MAX_PLACES = 20_000  # folders and files below a folder that are listed for that
 # Names of tables that are annotations, whatever is in them.
 NAMES = (".selections.txt", ".selection.table.txt", ".birdnet.results.csv")
 
@@ -77,19 +77,33 @@ def is_annotated(data: str | os.PathLike, asked: bool = False) -> bool:
 
 
 def _probe_folder(folder):
-    """The forms of the first tables below a folder."""
-    tables, n_places = [], 0
+    """The forms of some tables below a folder."""
+    tables, stems = [], set()
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        n_places += len(folders) + len(names)
         for name in sorted(names):
+            if name.startswith("."):
+                continue
             if name.lower().endswith(NAMES):
                 return {"raven"}
-            if is_table(name) and not name.startswith("."):
+            if is_table(name):
                 tables.append(Path(where, name))
-        if n_places > MAX_PLACES:
-            break
-    return {form_of(path) for path in tables[:MAX_PROBES]}
+            elif suffix(name) in AUDIO_SUFFIXES:
+                stems.update((simplify(name), simplify(os.path.splitext(name)[0])))
+    forms = set()
+    for path in tables[::len(tables) // MAX_PROBES + 1]:
+        form = _form_or_none(path)
+        if form in ("audacity", "simple-seq") and stems and stems.isdisjoint(stems_of(path.name)):
+            form = "table"  # it may be about anything
+        forms.add(form)
+    return forms
+
+
+def _form_or_none(path):
+    try:
+        return form_of(path)
+    except DataError:  # no text
+        return None
 
 
 def load_annotations(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
@@ -116,6 +130,9 @@ def load_annotations(data: str | os.PathLike, audio_dir: str | os.PathLike | Non
             raise DataError(f"{data} is empty or in no form of annotations that is known; give a "
                             "table with the columns file,start,end,label")
         forms = {form: [data]}
+    if label_column is not None and set(forms) == {"audacity"}:
+        raise DataError(f"--label-column {label_column}: the label tracks in {data} have no names "
+                        "of columns; leave it out")
     folder = data if is_folder else data.parent
     recordings = Recordings(_audio_root(folder, audio_dir, is_folder))
     reading.notes.append("annotations: " + count_forms(
@@ -123,7 +140,8 @@ def load_annotations(data: str | os.PathLike, audio_dir: str | os.PathLike | Non
 
     result = Annotations(recordings.root, data.name if is_folder else data.stem, [], [], [],
                          reading.notes, reading.sources)
-    _collect(result, forms, reading, recordings, folder)
+    with _without_collector():
+        _collect(result, forms, reading, recordings, folder)
     result.notes += recordings.describe()
     if "label" in result.sources:
         result.notes.insert(0, f"labels are from {result.sources['label']}")
@@ -132,6 +150,18 @@ def load_annotations(data: str | os.PathLike, audio_dir: str | os.PathLike | Non
         result.notes.append(f"{plural(len(result.unlisted), 'recording')} without annotations, not "
                             f"used: {summarize(result.unlisted, 3)}")
     return result
+
+
+@contextlib.contextmanager
+def _without_collector():
+    """Python's garbage collector off: it would search all rows many times and find nothing."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _audio_root(folder, audio_dir, is_folder):
@@ -152,7 +182,7 @@ def _forms_in(folder, notes):
     forms = defaultdict(list)
     try:
         for name in find_tables(folder):
-            forms[form_of(folder / name)].append(folder / name)
+            forms[_form_or_none(folder / name)].append(folder / name)
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}; make it readable") from None
     others = forms.pop(None, [])
@@ -173,7 +203,7 @@ def _forms_in(folder, notes):
     others += tables
     if others:
         names = summarize((os.path.relpath(path, folder) for path in sorted(others)), 3)
-        notes.append(f"not read, since in another form: {names}")
+        notes.append(f"not read, since empty or in another form: {names}")
     return dict(forms)
 
 
@@ -187,8 +217,11 @@ def _collect(result, forms, reading, recordings, folder):
             found = _find_recordings(rows, recordings, folder, missing)
             for path in {*found, *_find_listed(rows, recordings, folder, missing)} - {None}:
                 annotated.add(path)
-                other = table_of.setdefault(path, (form, rows.table.path))
-                if other[0] != form:
+                kind = form, rows.is_birdnet
+                other = table_of.setdefault(path, (kind, rows.table.path))
+                is_copy = (rows.by_name and other[1] != rows.table.path
+                           and other[1].name == rows.table.path.name)
+                if other[0] != kind or is_copy:
                     raise DataError(f"{path} is annotated in {other[1]} and in {rows.table.path}; "
                                     "move one of them away")
             if not rows.table.rows:
@@ -197,7 +230,9 @@ def _collect(result, forms, reading, recordings, folder):
             for row in zip(found, rows.start, rows.end, rows.names, low, high):
                 if row[0] is None:
                     continue
-                key = tuple(-1.0 if value != value else value for value in row)  # nan
+                key = row
+                if row[2] != row[2] or row[4] != row[4] or row[5] != row[5]:  # nan
+                    key = tuple(-1.0 if value != value else value for value in row)
                 n_doubled += key in events
                 events[key] = row
     _refuse_missing(missing, recordings, len(annotated), result.notes)
@@ -211,24 +246,38 @@ def _find_recordings(rows, recordings, folder, missing):
     """The path of each row's recording, None for a missing one; of an empty table its own."""
     table = rows.table
     beside = os.path.relpath(table.path.parent, recordings.root)
-    own = None
-    if rows.recording is None or len(set(rows.recording)) == 1 or not table.rows:
-        relative = os.path.relpath(table.path, folder)
-        if not os.path.relpath(table.path, recordings.root).startswith(".."):
-            relative = os.path.relpath(table.path, recordings.root)
-        own = recordings.of_table(relative)
+    own = _own_recording(rows, recordings, folder)
     if rows.recording is None or not table.rows:
         if own is None and (rows.recording is None or table.rows):
-            missing[f"{table.path} (named after no recording)"] += max(1, len(table.rows))
+            missing[f"{table.path.name}, a table named after no recording"] += 1
         return [own] * max(1, len(table.rows))
-    paths = {text: recordings.find(text, beside) for text in dict.fromkeys(rows.recording)}
+    paths = {text: own if own is not None and same_name(text, own)
+             else recordings.find(text, beside) for text in dict.fromkeys(rows.recording)}
     if len(paths) == 1 and list(paths.values()) == [None] and own is not None:
         paths = dict.fromkeys(paths, own)  # the recording was renamed, its table too
         recordings.changed[next(iter(paths))] = own
     for text, path in paths.items():
+        if own is not None and path != own:
+            raise DataError(f"{table.path} is named after {own}, but its rows name {text}; rename "
+                            "the table or fix the rows")
         if path is None:
             missing[f"{text} of {table.path.name}"] += 1
     return [paths[text] for text in rows.recording]
+
+
+def _own_recording(rows, recordings, folder):
+    """The recording that a table is named after; None if its rows name others."""
+    if not rows.by_name or (rows.recording is not None and len(set(rows.recording)) > 1):
+        return None
+    relative = os.path.relpath(rows.table.path, recordings.root)
+    if relative.startswith(".."):
+        relative = os.path.relpath(rows.table.path, folder)
+    try:
+        return recordings.of_table(relative)
+    except DataError:
+        if rows.recording:
+            return None  # a column says which it is
+        raise
 
 
 def _find_listed(rows, recordings, folder, missing):
@@ -247,21 +296,5 @@ def _refuse_missing(missing, recordings, n_found, notes):
     if len(missing) >= n_found:
         raise DataError(f"no recording in {recordings.root} for {names} ({n_found} others are "
                         "there); give --audio-dir, a folder that contains the recordings at any "
-                        "depth, or fix the names")
+                        "depth, or fix the names or the column of the recordings")
     notes.append(f"missing: {plural(len(missing), 'recording')}, {names}")
-
-
-def check_event_times(annotations: Annotations, file_seconds: Mapping[str, float],
-                      rate: Mapping[str, float], max_bad_share: float = 0.0) -> None:
-    """Raise DataError if events end far beyond their recordings: they are in another unit.
-
-    file_seconds, rate: {path: length in seconds, 0 if it cannot be read; sampling rate in Hz}.
-    """
-    events = [event for event in annotations.events if event.end == event.end]
-    if events:
-        check_times(
-            SimpleNamespace(root=annotations.root, paths=[event.path for event in events],
-                            start=np.array([event.start for event in events]),
-                            end=np.array([event.end for event in events])),
-            np.array([file_seconds.get(event.path, 0.0) for event in events]),
-            np.array([rate.get(event.path, 1.0) for event in events]), max_bad_share)

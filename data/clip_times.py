@@ -43,7 +43,7 @@ def time_columns(header: list[str], used: list[bool], path: object) -> dict[str,
     """
     found = {}
     for i, name in enumerate(header):
-        kind, unit = _kind_of(column_name(name))
+        kind, unit = kind_of(column_name(name))
         if kind is None or not used[i]:
             continue
         if unit in NOT_SECONDS:
@@ -69,8 +69,8 @@ def time_columns(header: list[str], used: list[bool], path: object) -> dict[str,
     return found
 
 
-def _kind_of(name):
-    """-> (start, end, offset, duration or None; unit)."""
+def kind_of(name: str) -> tuple[str | None, str]:
+    """What a column of this name has -> (start, end, offset, duration or None; unit)."""
     base, _, last = name.rpartition("_")
     unit = "s"
     if base and (last in UNITS or last in NOT_SECONDS):

@@ -1,5 +1,6 @@
 """Read a CSV, TSV or semicolon table as text."""
 import csv
+import functools
 import io
 import re
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ class Table:
         return [column_name(name) for name in self.header]
 
 
+@functools.lru_cache(1000)
 def column_name(text: str) -> str:
     """Normal form of a column's name: Begin Time (s), beginTime_s and begin-time.s are alike."""
     words = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", text)

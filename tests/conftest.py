@@ -19,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests fetch from servers of thei
 
 # The tests that `python -m pytest -m quick` runs: less than a minute, no whole training run.
 QUICK = {
+    "test_annotation_tables", "test_annotations",
     "test_architecture", "test_ast", "test_audio", "test_augment", "test_calibration",
     "test_checkpoint", "test_columns", "test_compare", "test_csv_table", "test_flags",
     "test_folder_layout", "test_folders", "test_folds", "test_frontend", "test_grouping",
