@@ -19,7 +19,7 @@ from core.run.checkpoint import as_checkpoint_error, load_checkpoint
 from core.run.folder import default_folder, reserve_folder
 from core.scoring import restore
 from core.scoring.given_data import count_seen
-from data.annotated import AnnotationRules
+from data.annotations import AnnotationRules
 from data.cache import WaveCache, choose_cache
 from data.clips import Batch, Clips
 from data.fingerprint import check_same_lengths, check_same_recordings, fingerprint

@@ -36,7 +36,7 @@ from core.scoring.given_data import (
     own_data,
 )
 from core.scoring.report_page import write_report
-from data.annotated import MODES, AnnotationRules
+from data.annotations import MODES, AnnotationRules
 from data.cache import WaveCache
 from data.clips import Clips, evaluation_batches
 from data.files import find_outage

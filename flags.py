@@ -10,7 +10,7 @@ from collections.abc import Callable
 from core.exits import parse_args
 from core.run import CheckpointError, RunError
 from core.run.checkpoint import Checkpoint, SaveTimer
-from data.annotated import MODES
+from data.annotations import MODES
 from data.audio import SHORT
 from data.cache import CACHES
 from data.named import SOURCES

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from util import plural
 
-from .annotated import manifest_of_events
-from .annotations import explain_annotated, is_annotated, load_annotations
+from .annotations import explain_annotated, is_annotated, load_annotations, manifest_of_events
 from .build import check_classes
 from .files import suffix
 from .folders import load_folder
@@ -33,7 +32,8 @@ def load_manifest(data: str | os.PathLike, audio_dir: str | os.PathLike | None =
     real_classes: folders or labels that are classes although they are called noise or the like.
     negatives: a folder or a CSV of further recordings that contain none of the classes.
     annotated: "all" or "parts" if the data are recordings with annotated events; the manifest then
-        has a row per event, see data/annotated.py. label_column: the annotations' column of labels.
+        has a row per event, see data/annotations/windows.py.
+    label_column: the column of the annotations that has the labels.
 
     A label cell of a CSV may name several classes, as a;b or a|b. A column secondary_labels (or
     also, unknown, ignore) names classes that may or may not be in the clip.

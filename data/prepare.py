@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .annotated import AnnotationRules, cut_events
+from .annotations import AnnotationRules, cut_events
 from .clip_times import check_times
 from .content import content_keys
 from .demo import write_demo

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from data.annotated import AnnotationRules
+from data.annotations import AnnotationRules
 from data.load import load_manifest
 from data.manifest import DataError
 from data.prepare import prepare

@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from data.event_windows import windows_of
+from data.annotations.event_windows import windows_of
 
 TICK = 0.05  # seconds
 

@@ -3,7 +3,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.annotated import AnnotationRules, cut_events
+from data.annotations import AnnotationRules, cut_events
 from data.clip_times import check_times
 from data.load import load_manifest
 from data.manifest import DataError, LabelSet, Manifest

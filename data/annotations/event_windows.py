@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .audio import tile_starts
+from ..audio import tile_starts
 
 TICKS = 1_000_000  # per second
 PARTS = 1_000_000  # min_fraction is rounded to millionths

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 from util import plural, summarize
 
-from .annotation_text import LABEL_NAMES, PATH_NAMES
-from .clip_times import is_clock_time, kind_of
-from .columns import COLUMNS
-from .csv_table import Table, as_text, column_name
-from .manifest import DataError
-from .names import MISSING
-from .tables import parse_names
+from ..clip_times import is_clock_time, kind_of
+from ..columns import COLUMNS
+from ..csv_table import Table, as_text, column_name
+from ..manifest import DataError
+from ..names import MISSING
+from ..tables import parse_names
+from .text import LABEL_NAMES, PATH_NAMES
 
 # The likeliest first; other columns with text may be labels, too.
 ORDER = ["species", "annotation", "annotations", "label", "labels", "common_name",

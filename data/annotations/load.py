@@ -1,7 +1,7 @@
 """Recordings with annotated events: the front door to all forms that people have them in.
 
 A recording is long and holds events with a start and an end. A form is known by the header of its
-tables (annotation_text.form_of) and read by annotation_forms. What is not clear is an error.
+tables (text.form_of) and read by forms. What is not clear is an error.
 """
 import contextlib
 import gc
@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 from util import plural, summarize
 
-from .annotation_forms import FORMS, count_forms, read_form
-from .annotation_recordings import Recordings, find_tables, same_name, stems_of
-from .annotation_rows import Reading
-from .annotation_text import form_of, is_table
-from .audio import AUDIO_SUFFIXES
-from .files import suffix
-from .locate import simplify
-from .manifest import DataError
+from ..audio import AUDIO_SUFFIXES
+from ..files import suffix
+from ..locate import simplify
+from ..manifest import DataError
+from .forms import FORMS, count_forms, read_form
+from .recordings import Recordings, find_tables, same_name, stems_of
+from .rows import Reading
+from .text import form_of, is_table
 
 MAX_PROBES = 200  # files below a folder that are looked at to know whether they are annotations
 # Names of tables that are annotations, whatever is in them.

@@ -7,8 +7,10 @@ import re
 
 from util import plural
 
-from .annotation_labels import find_column
-from .annotation_rows import (
+from ..csv_table import Table
+from ..manifest import DataError
+from .labels import find_column
+from .rows import (
     NOT_A_PERSON,
     Reading,
     Rows,
@@ -17,9 +19,7 @@ from .annotation_rows import (
     recording_cells,
     set_names,
 )
-from .annotation_times import column_of, frequencies, start_and_end, times_by_name
-from .csv_table import Table
-from .manifest import DataError
+from .times import column_of, frequencies, start_and_end, times_by_name
 
 
 def read_birdnet(tables: list[Table], reading: Reading) -> list[Rows]:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from util import open_regular, unescape_cell
 
-from .clip_times import kind_of
-from .columns import COLUMNS, KNOWN_NAMES
-from .csv_table import Table, column_name, read_rows, skip_preamble
-from .manifest import DataError
+from ..clip_times import kind_of
+from ..columns import COLUMNS, KNOWN_NAMES
+from ..csv_table import Table, column_name, read_rows, skip_preamble
+from ..manifest import DataError
 
 HEAD = 1 << 14  # bytes that tell the form of a table
 # Other names of the path in tables of events, the likeliest first.
@@ -78,7 +78,7 @@ def read_annotation_table(path: Path) -> Table:
 
 
 def form_of(path: Path) -> str | None:
-    """In which form a file has annotations: a key of `annotation_forms.FORMS`.
+    """In which form a file has annotations: a key of `forms.FORMS`.
 
     "table" is a table with a row per event or clip of many recordings, "empty" a file without
     text, None anything else. Raises DataError if it cannot be read.

@@ -6,17 +6,17 @@ from typing import NamedTuple
 
 from util import plural
 
-from .annotation_many import read_many, read_one_hot
-from .annotation_programs import (
+from .many import read_many, read_one_hot
+from .programs import (
     read_birdnet,
     read_generic_seq,
     read_hoplite,
     read_kaleidoscope,
     read_simple_seq,
 )
-from .annotation_raven import read_label_tracks, read_raven
-from .annotation_rows import Reading, Rows
-from .annotation_text import read_annotation_table
+from .raven import read_label_tracks, read_raven
+from .rows import Reading, Rows
+from .text import read_annotation_table
 
 
 class Form(NamedTuple):

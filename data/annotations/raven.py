@@ -6,13 +6,13 @@ from pathlib import Path
 
 from util import plural
 
-from .annotation_rows import NOT_A_PERSON, Reading, Rows, add_source, set_names
-from .annotation_text import read_text, split_lines
-from .annotation_times import check_order, frequencies, number, seconds_of, start_and_end
-from .audio import AUDIO_SUFFIXES
-from .csv_table import Table
-from .files import suffix
-from .manifest import DataError
+from ..audio import AUDIO_SUFFIXES
+from ..csv_table import Table
+from ..files import suffix
+from ..manifest import DataError
+from .rows import NOT_A_PERSON, Reading, Rows, add_source, set_names
+from .text import read_text, split_lines
+from .times import check_order, frequencies, number, seconds_of, start_and_end
 
 ROUNDED = 0.005  # seconds: Raven writes offsets with fewer digits than times
 MONTHS = 1e8  # seconds: recordings that are opened together

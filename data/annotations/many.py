@@ -4,14 +4,14 @@ import re
 
 from util import plural
 
-from .annotation_labels import find_column
-from .annotation_rows import Reading, Rows, plain_folder, recording_cells, set_names
-from .annotation_text import EVENT_PATHS, LABEL_NAMES, TRUTH, class_columns
-from .annotation_times import frequencies, times_by_name
-from .columns import COLUMNS, KNOWN_NAMES, choose_columns
-from .csv_table import Table
-from .manifest import DataError
-from .names import MISSING
+from ..columns import COLUMNS, KNOWN_NAMES, choose_columns
+from ..csv_table import Table
+from ..manifest import DataError
+from ..names import MISSING
+from .labels import find_column
+from .rows import Reading, Rows, plain_folder, recording_cells, set_names
+from .text import EVENT_PATHS, LABEL_NAMES, TRUTH, class_columns
+from .times import frequencies, times_by_name
 
 
 def read_one_hot(tables: list[Table], reading: Reading) -> list[Rows]:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .annotation_labels import choose_column, find_column, names_of_cells
-from .csv_table import Table
-from .manifest import DataError
+from ..csv_table import Table
+from ..manifest import DataError
+from .labels import choose_column, find_column, names_of_cells
 
 NOT_A_PERSON = "these are results of BirdNET, not of a person; check some of them"
 

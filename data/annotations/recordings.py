@@ -6,12 +6,12 @@ from pathlib import Path
 
 from util import plural, summarize
 
-from .audio import AUDIO_SUFFIXES
-from .csv_table import as_text
-from .files import SYSTEM_FOLDERS, find_audio, suffix
-from .locate import Names, simplify, with_slashes
-from .manifest import DataError, native_path
-from .stream import safe_name
+from ..audio import AUDIO_SUFFIXES
+from ..csv_table import as_text
+from ..files import SYSTEM_FOLDERS, find_audio, suffix
+from ..locate import Names, simplify, with_slashes
+from ..manifest import DataError, native_path
+from ..stream import safe_name
 
 # What programs and people put between the name of a recording and the suffix of its table.
 ENDING = re.compile(

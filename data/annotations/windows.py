@@ -11,11 +11,11 @@ import numpy as np
 
 from util import plural
 
-from .annotations import Annotations, Event
-from .build import build_manifest
+from ..build import build_manifest
+from ..grouping import indices_by_value
+from ..manifest import LabelSet, Manifest
 from .event_windows import windows_of
-from .grouping import indices_by_value
-from .manifest import LabelSet, Manifest
+from .load import Annotations, Event
 
 MODES = {
     "all": "everything of the classes is annotated: the rest of a recording contains none of them",

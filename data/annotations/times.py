@@ -2,11 +2,11 @@
 import math
 from collections.abc import Sequence
 
-from .annotation_rows import add_source
-from .annotation_text import frequency_columns
-from .clip_times import TimeColumn, is_clock_time, time_columns
-from .csv_table import Table
-from .manifest import DataError
+from ..clip_times import TimeColumn, is_clock_time, time_columns
+from ..csv_table import Table
+from ..manifest import DataError
+from .rows import add_source
+from .text import frequency_columns
 
 DAY = 86400.0  # seconds; an event beyond a day is a mistake in its unit
 
