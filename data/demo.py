@@ -1,19 +1,30 @@
 """The built-in demo data: ten classes of synthesised sounds, written as WAV files in class folders.
 
 Nothing is downloaded: `write_demo(folder)` writes `<folder>/<class>/<class>_0001.wav` and so on, a
-layout that user data may have, too. Pitch, tempo, level, time, room and background vary within a
-class. Some classes are similar (up-chirp and siren, trill and clicks, rain and surf), and class
-sizes are uneven. Some clips have noise louder than the sound, or a snippet of another class. All is
-NumPy in float64 until the last rounding, so a clip is the same on every machine.
+layout that user data may have, too. The folder `noise` has an hour without any of the classes, see
+soundscape.py. Pitch, tempo, level, time, room and background vary within a class. Some classes are
+similar (up-chirp and siren, trill and clicks, rain and surf), and class sizes are uneven. Some
+clips have noise louder than the sound, or a snippet of another class. All is NumPy in float64 until
+the last rounding, so a clip is the same on every machine.
 """
 import os
 import tempfile
-import wave
 from pathlib import Path
 
 import numpy as np
 
-SAMPLE_RATE = 22050  # Hz
+from . import soundscape
+from .synthesis import (
+    SAMPLE_RATE,
+    as_16_bit,
+    drift,
+    fade,
+    harmonics,
+    log_uniform,
+    ring,
+    write_wav,
+)
+
 SECONDS = 4.0
 SAMPLES = int(SAMPLE_RATE * SECONDS)
 COUNTS = {  # clips per class, 416 in all
@@ -29,39 +40,22 @@ COUNTS = {  # clips per class, 416 in all
     "bell": 24,
 }
 CLASSES = tuple(sorted(COUNTS))
-VERSION = 4  # raise it with every change of the sounds: older copies are then rewritten
+NOISE = "noise"  # folder of the recordings that hold none of the classes
+VERSION = 5  # raise it with every change of the sounds: older copies are then rewritten
 
 README = """\
 Demo data of warble: synthesised sounds, written by data/demo.py. One folder per class, clips of
-4 s, 22,050 Hz, mono, 16-bit WAV. Your own data may have the same layout: a folder of class folders
-with recordings of any name, length and sample rate. Keep it elsewhere: warble rewrites this folder.
+4 s, 22,050 Hz, mono, 16-bit WAV. The folder noise has recordings of 150 s, an hour in all, without
+any of the classes. Your own data may have the same layout: a folder of class folders with
+recordings of any name, length and sample rate. Keep it elsewhere: warble rewrites this folder.
 """
 
 
 # Building blocks. Durations are in seconds, frequencies in Hz; signals are (n,) float64.
 
-def _log_uniform(rng, low, high):
-    return low * (high / low) ** rng.random()
-
-
 def _length(seconds):
     """Samples of a duration, at most those of a clip."""
     return min(SAMPLES, int(seconds * SAMPLE_RATE))
-
-
-def _drift(rng, n, per_second):
-    """Random curve (n,) of about unit variance, with `per_second` independent values a second."""
-    knots = rng.standard_normal(int(n / SAMPLE_RATE * per_second) + 2)
-    return np.interp(np.arange(n) * (per_second / SAMPLE_RATE), np.arange(len(knots)), knots)
-
-
-def _harmonics(freq, amps):
-    """Sum (n,) of sines at 1 to K times freq (n,), of amplitudes amps (K,), without aliases."""
-    audible = np.arange(1, len(amps) + 1) * freq.max() < 0.48 * SAMPLE_RATE
-    # Look one period up in a table: so the cost does not grow with K.
-    period = np.fft.irfft(np.r_[0, -2048j * amps * audible], 4096)
-    phase = np.cumsum(freq) / SAMPLE_RATE % 1.0
-    return np.interp(phase * 4096, np.arange(4097), np.r_[period, period[0]])
 
 
 def _noise(rng, low, high, slope):
@@ -70,22 +64,6 @@ def _noise(rng, low, high, slope):
     gain = freq ** (-slope / 2) / (1 + (low / freq) ** 2) / (1 + (freq / high) ** 2)
     noise = np.fft.irfft(np.fft.rfft(rng.standard_normal(SAMPLES)) * gain, SAMPLES)
     return noise / np.sqrt(np.mean(noise**2))
-
-
-def _ring(freq, decay, n):
-    """Damped sine (n,): a click, a drop, a partial of a bell."""
-    t = np.arange(n) / SAMPLE_RATE
-    return np.exp(-t / decay) * np.sin(2 * np.pi * freq * t)
-
-
-def _fade(x, attack, release):
-    """x (n,) with raised-cosine edges."""
-    rise = np.linspace(0, np.pi / 2, min(_length(attack), len(x)))
-    fall = np.linspace(0, np.pi / 2, min(_length(release), len(x)))
-    x = x.copy()
-    x[:len(rise)] *= np.sin(rise) ** 2
-    x[-len(fall):] *= np.cos(fall) ** 2
-    return x
 
 
 def _place(rng, x):
@@ -117,59 +95,59 @@ def _chirp_down(rng):
 
 def _chirp(rng, rising):
     """Short tonal sweeps with silence between."""
-    low = _log_uniform(rng, 450, 2400)
+    low = log_uniform(rng, 450, 2400)
     ratio = rng.uniform(1.2, 2.6)
-    seconds = _log_uniform(rng, 0.12, 0.9)
+    seconds = log_uniform(rng, 0.12, 0.9)
     amps = rng.random(4) * [0, 0.6, 0.4, 0.2] + [1, 0, 0, 0]
     events = []
     for _ in range(rng.integers(3, 7)):
         n = _length(seconds * rng.uniform(0.85, 1.2))
-        sweep = np.linspace(0, 1, n) ** _log_uniform(rng, 0.6, 1.7)
+        sweep = np.linspace(0, 1, n) ** log_uniform(rng, 0.6, 1.7)
         if not rising:
             sweep = sweep[::-1]
         freq = low * rng.uniform(0.95, 1.05) * ratio**sweep
-        events.append(_fade(_harmonics(freq, amps), 0.02, rng.uniform(0.02, 0.08)))
-    return _sequence(rng, events, _log_uniform(rng, 0.05, 0.6))
+        events.append(fade(harmonics(freq, amps), 0.02, rng.uniform(0.02, 0.08)))
+    return _sequence(rng, events, log_uniform(rng, 0.05, 0.6))
 
 
 def _siren(rng):
     """One continuous tone with a swinging pitch, from an even wail to an abrupt yelp."""
     n = _length(rng.uniform(2.8, 4.0))
-    u = (np.arange(n) / SAMPLE_RATE / _log_uniform(rng, 0.4, 2.0) + rng.random()) % 1.0
+    u = (np.arange(n) / SAMPLE_RATE / log_uniform(rng, 0.4, 2.0) + rng.random()) % 1.0
     peak = rng.uniform(0.1, 0.9)  # when the pitch is highest within a period
     swing = np.where(u < peak, u / peak, (1 - u) / (1 - peak))
-    freq = _log_uniform(rng, 400, 1500) * rng.uniform(1.2, 2.6) ** (swing ** rng.uniform(0.6, 1.5))
-    return _place(rng, _fade(_harmonics(freq, rng.random(6) / np.arange(1, 7)), 0.08, 0.15))
+    freq = log_uniform(rng, 400, 1500) * rng.uniform(1.2, 2.6) ** (swing ** rng.uniform(0.6, 1.5))
+    return _place(rng, fade(harmonics(freq, rng.random(6) / np.arange(1, 7)), 0.08, 0.15))
 
 
 def _trill(rng):
     """Fast repetition of a short tonal note, in one or two bouts."""
-    rate = _log_uniform(rng, 7, 22)  # notes per second
-    pitch = _log_uniform(rng, 1300, 5000)
+    rate = log_uniform(rng, 7, 22)  # notes per second
+    pitch = log_uniform(rng, 1300, 5000)
     duty = rng.uniform(0.3, 0.8)
     bend = rng.uniform(-0.15, 0.15)
     glide = rng.uniform(-0.2, 0.2)
     second_harmonic = rng.uniform(0, 0.3)
     bouts = []
     for _ in range(rng.integers(1, 3)):
-        n = _length(_log_uniform(rng, 1.0, 2.6))
-        notes = np.cumsum(rate * (1 + 0.05 * _drift(rng, n, 4))) / SAMPLE_RATE
+        n = _length(log_uniform(rng, 1.0, 2.6))
+        notes = np.cumsum(rate * (1 + 0.05 * drift(rng, n, 4))) / SAMPLE_RATE
         u = np.minimum(notes % 1.0 / duty, 1.0)  # 0 to 1 within a note, then 1 until the next
         freq = pitch * (1 + bend * u + glide * np.linspace(-0.5, 0.5, n))
-        tone = _harmonics(freq, np.array([1, second_harmonic]))
-        bouts.append(_fade(tone * np.sin(np.pi * u) ** 2, 0.1, 0.1))
+        tone = harmonics(freq, np.array([1, second_harmonic]))
+        bouts.append(fade(tone * np.sin(np.pi * u) ** 2, 0.1, 0.1))
     return _sequence(rng, bouts, rng.uniform(0.2, 0.6))
 
 
 def _clicks(rng):
     """Series of short pulses, from dry ticks to ringing knocks, more or less regular."""
-    rate = _log_uniform(rng, 3, 12)  # clicks per second
+    rate = log_uniform(rng, 3, 12)  # clicks per second
     jitter = rng.uniform(0.0, 0.25)
-    pitch = _log_uniform(rng, 900, 5000)
-    decay = _log_uniform(rng, 0.001, 0.008)
+    pitch = log_uniform(rng, 900, 5000)
+    decay = log_uniform(rng, 0.001, 0.008)
     n = _length(decay * 8)
-    click = _ring(pitch, decay, n)
-    click = click + rng.uniform(0, 0.5) * _ring(pitch * rng.uniform(1.3, 2.2), decay / 2, n)
+    click = ring(pitch, decay, n)
+    click = click + rng.uniform(0, 0.5) * ring(pitch * rng.uniform(1.3, 2.2), decay / 2, n)
     series = np.zeros(_length(rng.uniform(2.0, 4.0)))
     start = 0.0
     while start < len(series) - n:
@@ -180,11 +158,11 @@ def _clicks(rng):
 
 def _harmonic_call(rng):
     """Voice-like calls: harmonics under two resonances, with a bent pitch and vibrato."""
-    pitch = _log_uniform(rng, 150, 600)
-    seconds = _log_uniform(rng, 0.25, 1.0)
+    pitch = log_uniform(rng, 150, 600)
+    seconds = log_uniform(rng, 0.25, 1.0)
     k = np.arange(1, 31)
     amps = 0.05 / k
-    for centre in (_log_uniform(rng, 450, 900), _log_uniform(rng, 1300, 2600)):
+    for centre in (log_uniform(rng, 450, 900), log_uniform(rng, 1300, 2600)):
         resonance = np.exp(-0.5 * ((k * pitch - centre) / (0.3 * centre + 60)) ** 2)
         amps = amps + resonance / np.sqrt(k)
     arch = rng.uniform(-0.2, 0.3)
@@ -195,35 +173,35 @@ def _harmonic_call(rng):
     for _ in range(rng.integers(2, 5)):
         u = np.linspace(0, 1, _length(seconds * rng.uniform(0.7, 1.3)))
         bent = 1 + arch * np.sin(np.pi * u) + slide * u + vibrato * np.sin(2 * np.pi * periods * u)
-        call = _harmonics(pitch * rng.uniform(0.93, 1.07) * bent, amps)
-        events.append(_fade(call * (1 + 0.2 * _drift(rng, len(u), 10)), 0.04, 0.1))
-    return _sequence(rng, events, _log_uniform(rng, 0.1, 0.6))
+        call = harmonics(pitch * rng.uniform(0.93, 1.07) * bent, amps)
+        events.append(fade(call * (1 + 0.2 * drift(rng, len(u), 10)), 0.04, 0.1))
+    return _sequence(rng, events, log_uniform(rng, 0.1, 0.6))
 
 
 def _engine(rng):
     """Low, rough harmonic hum of varying speed, with the hiss of the exhaust."""
     n = _length(rng.uniform(2.2, 4.0))
-    speed = 1 + rng.uniform(0.01, 0.12) * _drift(rng, n, 2)
+    speed = 1 + rng.uniform(0.01, 0.12) * drift(rng, n, 2)
     speed = speed + rng.uniform(-0.3, 0.3) * np.linspace(0, 1, n)
-    freq = _log_uniform(rng, 24, 80) * np.maximum(speed, 0.4)
-    hum = _harmonics(freq, rng.random(40) / np.arange(1, 41) ** rng.uniform(0.3, 1.0))
+    freq = log_uniform(rng, 24, 80) * np.maximum(speed, 0.4)
+    hum = harmonics(freq, rng.random(40) / np.arange(1, 41) ** rng.uniform(0.3, 1.0))
     roughness = rng.uniform(0.1, 0.5)  # of uneven firing
-    hum *= 1 + roughness * _harmonics(freq / rng.integers(2, 5), np.ones(1))
-    hiss = _noise(rng, 60, _log_uniform(rng, 400, 3000), 0.5)[:n] * (1 + 0.3 * _drift(rng, n, 20))
-    mix = hum / np.sqrt(np.mean(hum**2)) + _log_uniform(rng, 0.1, 0.3) * hiss
-    return _place(rng, _fade(mix, rng.uniform(0.1, 0.8), rng.uniform(0.1, 0.8)))
+    hum *= 1 + roughness * harmonics(freq / rng.integers(2, 5), np.ones(1))
+    hiss = _noise(rng, 60, log_uniform(rng, 400, 3000), 0.5)[:n] * (1 + 0.3 * drift(rng, n, 20))
+    mix = hum / np.sqrt(np.mean(hum**2)) + log_uniform(rng, 0.1, 0.3) * hiss
+    return _place(rng, fade(mix, rng.uniform(0.1, 0.8), rng.uniform(0.1, 0.8)))
 
 
 def _bell(rng):
     """Struck inharmonic partials, the higher ones decaying faster; two to five strokes."""
-    pitch = _log_uniform(rng, 350, 2200)
-    decay = _log_uniform(rng, 0.35, 1.4)
-    interval = _log_uniform(rng, 0.3, 1.2)
+    pitch = log_uniform(rng, 350, 2200)
+    decay = log_uniform(rng, 0.35, 1.4)
+    interval = log_uniform(rng, 0.3, 1.2)
     ratios = np.array([0.5, 1.0, 1.19, 1.5, 2.0, 2.66, 3.01, 4.17])
     ratios = ratios * (1 + 0.02 * rng.standard_normal(8))
     amps = rng.uniform(0.2, 1.0, 8) / np.sqrt(np.arange(1, 9))
     n = _length(decay * 5)
-    stroke = sum(a * _ring(r * pitch, decay / r**0.7, n) for a, r in zip(amps, ratios))
+    stroke = sum(a * ring(r * pitch, decay / r**0.7, n) for a, r in zip(amps, ratios))
     clip = np.zeros(SAMPLES)
     seconds = rng.uniform(0, 2.0)
     for _ in range(rng.integers(2, 6)):
@@ -235,27 +213,27 @@ def _bell(rng):
 
 def _rain(rng):
     """A steady bright hiss with single drops and slight gusts."""
-    low = _log_uniform(rng, 200, 1500)
-    high = _log_uniform(rng, 4000, 11000)
+    low = log_uniform(rng, 200, 1500)
+    high = log_uniform(rng, 4000, 11000)
     hiss = _noise(rng, low, high, rng.uniform(0, 1.2))
-    hiss *= 1 + rng.uniform(0.0, 0.45) * np.clip(_drift(rng, SAMPLES, 1.0), -2, 2)
+    hiss *= 1 + rng.uniform(0.0, 0.45) * np.clip(drift(rng, SAMPLES, 1.0), -2, 2)
     drops = np.zeros(SAMPLES)
-    for _ in range(int(SECONDS * _log_uniform(rng, 8, 80))):
+    for _ in range(int(SECONDS * log_uniform(rng, 8, 80))):
         start = int(rng.random() * (SAMPLES - 500))
-        drop = _ring(_log_uniform(rng, 1000, 7000), _log_uniform(rng, 0.001, 0.005), 500)
+        drop = ring(log_uniform(rng, 1000, 7000), log_uniform(rng, 0.001, 0.005), 500)
         drops[start:start + 500] += drop * rng.uniform(0.2, 1.0)
-    return hiss + _log_uniform(rng, 1.5, 8) * drops
+    return hiss + log_uniform(rng, 1.5, 8) * drops
 
 
 def _surf(rng):
     """Waves: hiss that swells, brightens and recedes."""
     periods = np.arange(SAMPLES) / SAMPLE_RATE / rng.uniform(1.8, 6.0)
-    periods = periods + 0.05 * _drift(rng, SAMPLES, 1)
+    periods = periods + 0.05 * drift(rng, SAMPLES, 1)
     wave_height = 0.5 + 0.5 * np.sin(2 * np.pi * (periods + rng.random()))
     swell = wave_height ** rng.uniform(1.0, 2.5)
-    deep = _noise(rng, 80, _log_uniform(rng, 500, 1800), 0.8)
-    spray = _noise(rng, 500, _log_uniform(rng, 3000, 9000), 0.5)
-    floor = _log_uniform(rng, 0.05, 0.3)
+    deep = _noise(rng, 80, log_uniform(rng, 500, 1800), 0.8)
+    spray = _noise(rng, 500, log_uniform(rng, 3000, 9000), 0.5)
+    floor = log_uniform(rng, 0.05, 0.3)
     brightness = rng.uniform(0.5, 1.2)
     return deep * (floor + swell) + brightness * spray * (floor / 2 + swell**2)
 
@@ -287,10 +265,10 @@ def _unit_level(x):
 def _reverberate(rng, x):
     """x (SAMPLES,) in a room: plus its reverberation by decaying noise of at most a second."""
     n = SAMPLES + SAMPLE_RATE  # long enough that the tail does not wrap around
-    decay = 10 ** (-3 * np.arange(SAMPLE_RATE) / SAMPLE_RATE / _log_uniform(rng, 0.15, 1.2))
+    decay = 10 ** (-3 * np.arange(SAMPLE_RATE) / SAMPLE_RATE / log_uniform(rng, 0.15, 1.2))
     tail = np.fft.rfft(rng.standard_normal(SAMPLE_RATE) * decay, n)
     wet = np.fft.irfft(np.fft.rfft(x, n) * tail, n)[:SAMPLES]
-    return _unit_level(x + _log_uniform(rng, 0.1, 0.8) * _unit_level(wet))
+    return _unit_level(x + log_uniform(rng, 0.1, 0.8) * _unit_level(wet))
 
 
 def _background(rng):
@@ -298,8 +276,8 @@ def _background(rng):
     gusts = 0.3 if rng.random() < 0.3 else 0.0
     hum = 0.5 if rng.random() < 0.2 else 0.0
     noise = _noise(rng, 30, SAMPLE_RATE, rng.uniform(0.0, 2.0))
-    noise *= 1 + gusts * np.clip(_drift(rng, SAMPLES, 1.5), -2, 2)
-    return noise + hum * _harmonics(np.full(SAMPLES, 50.0), 1 / np.arange(1, 9))
+    noise *= 1 + gusts * np.clip(drift(rng, SAMPLES, 1.5), -2, 2)
+    return noise + hum * harmonics(np.full(SAMPLES, 50.0), 1 / np.arange(1, 9))
 
 
 def _distractor(rng, name):
@@ -308,7 +286,7 @@ def _distractor(rng, name):
     sound = FAMILIES[others[rng.integers(len(others))]](rng)
     n = _length(rng.uniform(0.15, 0.5))
     start = min(max(int(np.abs(sound).argmax()) - n // 2, 0), SAMPLES - n)
-    return _unit_level(_place(rng, _fade(sound[start:start + n], 0.03, 0.03)))
+    return _unit_level(_place(rng, fade(sound[start:start + n], 0.03, 0.03)))
 
 
 def synthesise(name: str, index: int, seed: int = 0) -> np.ndarray:
@@ -326,18 +304,11 @@ def synthesise(name: str, index: int, seed: int = 0) -> np.ndarray:
     if rng.random() < 0.08:
         clip = clip + 10 ** (rng.uniform(-18, -9) / 20) * _distractor(rng, name)
     clip *= 10 ** (rng.uniform(-24, -0.5) / 20) / np.abs(clip).max()
-    return (np.rint(clip * 32767) / 32768).astype(np.float32)
-
-
-def write_wav(path: str | os.PathLike, clip: np.ndarray) -> None:
-    """Write a clip of `synthesise` as a 16-bit WAV, without loss."""
-    with wave.open(str(path), "wb") as out:
-        out.setparams((1, 2, SAMPLE_RATE, len(clip), "NONE", "not compressed"))
-        out.writeframes(np.rint(clip * 32768).astype("<i2").tobytes())
+    return as_16_bit(clip)
 
 
 def write_demo(root: Path, seed: int = 0) -> Path:
-    """Write the demo data to `root` (72 MB, some seconds) unless it is complete. Returns `root`.
+    """Write the demo data to `root` (230 MB, half a minute) unless it is complete. Returns `root`.
 
     The data is made in a temporary folder beside `root` and moved into place. So nobody sees
     incomplete files, and two processes may call this at once. An old or incomplete copy is renewed
@@ -345,9 +316,10 @@ def write_demo(root: Path, seed: int = 0) -> Path:
     """
     root = Path(root)
     marker = f"warble demo {VERSION}, seed {seed}\n".encode()
-    files = {}  # relative path -> arguments of synthesise
-    for name in CLASSES:
-        for index in range(1, COUNTS[name] + 1):
+    counts = COUNTS | {NOISE: soundscape.RECORDINGS}
+    files = {}  # relative path -> (name of its folder, index)
+    for name in sorted(counts):
+        for index in range(1, counts[name] + 1):
             files[f"{name}/{name}_{index:04d}.wav"] = name, index
     if _is_complete(root, files, marker):
         return root
@@ -358,7 +330,11 @@ def write_demo(root: Path, seed: int = 0) -> Path:
         new = Path(temporary) / "new"  # a subfolder, as other users cannot read the temporary one
         for file, (name, index) in files.items():
             (new / file).parent.mkdir(parents=True, exist_ok=True)
-            write_wav(new / file, synthesise(name, index, seed))
+            if name == NOISE:
+                samples = soundscape.synthesise_soundscape(index, seed)
+            else:
+                samples = synthesise(name, index, seed)
+            write_wav(new / file, samples)
         (new / "README.txt").write_text(README, "utf-8")
         (new / ".complete").write_bytes(marker)
         try:
@@ -374,8 +350,11 @@ def write_demo(root: Path, seed: int = 0) -> Path:
 
 def _is_complete(root, files, marker):
     try:
-        sizes = {os.path.getsize(root / file) for file in files}
-        return sizes == {44 + 2 * SAMPLES} and (root / ".complete").read_bytes() == marker
+        for file, (name, _) in files.items():
+            n_samples = soundscape.SAMPLES if name == NOISE else SAMPLES
+            if os.path.getsize(root / file) != 44 + 2 * n_samples:
+                return False
+        return (root / ".complete").read_bytes() == marker
     except OSError:
         return False
 

@@ -1,15 +1,18 @@
-"""The demo data: the same clips everywhere, sane levels, and a folder that two runs may write."""
+"""The demo data: the same sounds everywhere, sane levels, and a folder that two runs may write."""
+import ast
 import hashlib
 import multiprocessing
 import os
+import shutil
 import time
 import wave
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile as sf
 
-from data import demo
+from data import demo, soundscape
 
 SMALL = {name: 0 for name in demo.CLASSES} | {"rain": 3, "bell": 2, "siren": 1}
 
@@ -27,11 +30,31 @@ FIRST_CLIPS = {
     "surf": "dacc67890ff30a47",
     "trill": "b056590f3a188555",
 }
+# The same of some soundscape recordings.
+SOUNDSCAPES = {1: "21acbf785561dde5", 2: "1c50d3a452ee1f34", 12: "9ac8da1496465eb3",
+               24: "717baa3eb737a6c2"}
+
+
+def white_noise(index, seed):
+    """A stand-in for synthesise_soundscape that takes no time."""
+    samples = np.random.default_rng([seed, index]).integers(-99, 99, soundscape.SAMPLES)
+    return (samples / 32768).astype(np.float32)
+
+
+def make_small(set_attribute):
+    set_attribute(demo, "COUNTS", SMALL)
+    set_attribute(soundscape, "RECORDINGS", 2)
+    set_attribute(soundscape, "synthesise_soundscape", white_noise)
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(demo, "COUNTS", SMALL)
+    make_small(monkeypatch.setattr)
+
+
+@pytest.fixture(scope="module")
+def soundscapes():
+    return [soundscape.synthesise_soundscape(i) for i in range(1, soundscape.RECORDINGS + 1)]
 
 
 def int16(clip):
@@ -78,6 +101,83 @@ def test_the_sounds_are_frozen():
     assert hashes == FIRST_CLIPS
 
 
+def test_soundscape_is_an_hour(soundscapes):
+    assert {samples.shape for samples in soundscapes} == {(150 * 22050,)}
+    assert sum(len(samples) for samples in soundscapes) == 3600 * demo.SAMPLE_RATE
+
+
+def test_soundscape_recordings_are_frozen(soundscapes):
+    hashes = {i: hashlib.sha256(int16(soundscapes[i - 1]).tobytes()).hexdigest()[:16]
+              for i in SOUNDSCAPES}
+    assert hashes == SOUNDSCAPES
+
+
+def test_a_soundscape_depends_on_index_and_seed_only(soundscapes):
+    assert np.array_equal(soundscape.synthesise_soundscape(3), soundscapes[2])
+    assert not np.array_equal(soundscape.synthesise_soundscape(3, seed=1), soundscapes[2])
+    assert len({samples.tobytes() for samples in soundscapes}) == len(soundscapes)
+
+
+def test_soundscape_has_no_silence_and_no_clipping(soundscapes):
+    medians, peaks = [], []
+    for samples in soundscapes:
+        assert samples.dtype == np.float32
+        assert np.isfinite(samples).all()
+        assert np.array_equal(int16(samples) / np.float32(32768), samples)  # fits 16 bits exactly
+        levels = np.sqrt(np.mean(samples[:148 * 22050].reshape(37, -1) ** 2, axis=1))  # of 4 s
+        assert levels.min() > 0.0003  # -70 dBFS: some 16-bit steps above silence
+        assert levels.max() > 1.4 * levels.min()  # changes over time
+        assert abs(samples.mean()) < 0.2 * levels.min()
+        peak = np.abs(samples).max()
+        assert (np.abs(samples) == peak).sum() < 5
+        medians.append(np.median(levels))
+        peaks.append(peak)
+    assert min(peaks) > 0.08 and max(peaks) < 0.95
+    assert max(medians) > 5 * min(medians)  # loud and quiet sites
+
+
+def test_sites_differ_in_their_spectrum(soundscapes):
+    # No recording is nearly the copy of another, so train and test are different sites.
+    bands = []
+    for samples in soundscapes:
+        blocks = samples[:2048 * 1614].reshape(-1, 2048) * np.hanning(2048)
+        power = np.mean(np.abs(np.fft.rfft(blocks)) ** 2, axis=0)[:1024].reshape(64, 16).sum(axis=1)
+        bands.append(10 * np.log10(power / power.sum()))
+    distance = np.abs(np.array(bands)[:, None] - np.array(bands)).mean(axis=2)  # in dB
+    assert distance[~np.eye(len(bands), dtype=bool)].min() > 1
+
+
+def test_soundscape_uses_no_sound_of_a_class():
+    # Not one of the classes' functions, by import or by name ...
+    tree = ast.parse(Path(soundscape.__file__).read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert {getattr(node, "module", None) for node in imports} == {None, "synthesis"}
+    for name, function in demo.FAMILIES.items():
+        assert function.__name__ not in vars(soundscape), name
+    # ... and every sound that it makes is one of these.
+    assert set(soundscape.LAYERS) == {"wind", "leaves", "traffic", "mains hum", "crickets",
+                                      "cicadas", "babble", "aeroplane"}
+    assert {event.__name__ for event in soundscape.EVENTS} == {
+        "_footsteps", "_thump", "_handling", "_creak", "_dry_leaves"}
+
+
+@pytest.mark.parametrize("name", soundscape.LAYERS)
+def test_a_layer_is_heard_for_whole_recordings(name):
+    function, share, lowest, highest = soundscape.LAYERS[name]
+    layer = function(np.random.default_rng(0))
+    assert layer.shape == (soundscape.SAMPLES,)
+    assert np.isfinite(layer).all() and np.abs(layer).max() > 0
+    assert 0 < share < 1 and lowest < highest
+
+
+@pytest.mark.parametrize("event", soundscape.EVENTS)
+def test_an_event_is_short(event):
+    for seed in range(20):
+        sound = event(np.random.default_rng(seed))
+        assert np.isfinite(sound).all() and np.abs(sound).max() > 0
+        assert len(sound) < 15 * demo.SAMPLE_RATE
+
+
 @pytest.mark.parametrize("name", demo.CLASSES)
 def test_no_silence_and_no_clipping(name):
     peaks = []
@@ -109,10 +209,13 @@ def test_layout_of_the_folder(tmp_path, small):
     root = demo.write_demo(tmp_path / "deep" / "demo")
     assert root == tmp_path / "deep" / "demo"
     expected = [f"{name}/{name}_{i:04d}.wav" for name, n in SMALL.items() for i in range(1, n + 1)]
-    assert wav_paths(root) == sorted(expected)
+    assert wav_paths(root) == sorted([*expected, "noise/noise_0001.wav", "noise/noise_0002.wav"])
     for path in root.rglob("*.wav"):
+        n_samples = 3307500 if path.parent.name == "noise" else 88200
         with wave.open(str(path)) as file:
-            assert file.getparams()[:4] == (1, 2, 22050, 88200)
+            assert file.getparams()[:4] == (1, 2, 22050, n_samples)
+    samples, _ = sf.read(root / "noise" / "noise_0002.wav", dtype="float32")
+    assert np.array_equal(samples, white_noise(2, 0))
     samples, rate = sf.read(root / "rain" / "rain_0003.wav", dtype="float32")
     assert rate == 22050
     assert np.array_equal(samples, demo.synthesise("rain", 3))
@@ -129,7 +232,8 @@ def test_a_complete_copy_is_not_written_again(tmp_path, small, monkeypatch):
 
 
 @pytest.mark.parametrize("harm", [
-    "missing", "short", "no marker", "old version", "no folder", "no readme",
+    "missing", "short", "short soundscape", "no soundscape", "no marker", "old version",
+    "no folder", "no readme",
 ])
 def test_an_incomplete_or_old_copy_is_renewed(tmp_path, small, harm):
     root = demo.write_demo(tmp_path / "demo")
@@ -137,6 +241,11 @@ def test_an_incomplete_or_old_copy_is_renewed(tmp_path, small, harm):
     victim = root / "bell" / "bell_0002.wav"
     if harm == "missing":
         victim.unlink()
+    elif harm == "short soundscape":
+        with open(root / "noise" / "noise_0002.wav", "r+b") as file:
+            file.truncate(44 + 2 * demo.SAMPLES)  # the length of a clip
+    elif harm == "no soundscape":
+        shutil.rmtree(root / "noise")
     elif harm == "short":
         victim.write_bytes(victim.read_bytes()[:-100])
     elif harm == "no folder":
@@ -169,6 +278,7 @@ def test_another_seed_replaces_every_clip(tmp_path, small):
     "rain/storm.wav",
     "labels.csv",
     "rain/rain_0004.wav",
+    "noise/noise_0003.wav",
     "",  # a file in place of the folder
 ])
 def test_other_data_is_never_changed(tmp_path, small, monkeypatch, file):
@@ -206,10 +316,10 @@ def write_together(root, barrier, delay):
         time.sleep(delay)
         rename(source, target)
 
-    demo.COUNTS = SMALL
+    make_small(setattr)
     os.rename = rename_together
     demo.write_demo(root)
-    assert len(wav_paths(root)) == sum(SMALL.values())
+    assert len(wav_paths(root)) == sum(SMALL.values()) + 2
 
 
 @pytest.mark.parametrize("before", ["nothing", "old copy"])
