@@ -70,7 +70,7 @@ def changed_targets(target_of_negatives: float, target_of_noise: float):
 
     def build_masked(self, config):
         build(self, config)
-        self.head.__class__ = MaskedLinear
+        self.head[-1].__class__ = MaskedLinear
 
     with (mock.patch.object(Clips, "batch", batch), mock.patch.object(Clips, "__getitems__", batch),
           mock.patch.object(AST, "__init__", build_masked)):
