@@ -174,7 +174,7 @@ def test_false_alarms_equal_a_search_over_all_thresholds(studies, top_only, reca
     rng = np.random.default_rng(0)
     labels = rng.integers(3, size=60)
     clips, negatives = rng.random((60, 3)), rng.random((200, 3))
-    clips[np.arange(60), labels] += 0.3
+    clips[np.arange(60), labels] += np.array([0.3, 1, 1])[labels]  # class 0 is often missed
     alarm, reached = studies["false_alarms"].false_alarms(clips, labels, negatives, recall,
                                                           top_only)
 
