@@ -207,10 +207,10 @@ def test_ratio_of_alarms_is_paired(studies):
     many = np.random.default_rng(2).random((2, 600)) < np.repeat(np.linspace(0, 1, 20), 30)
     few = many & (np.arange(600) % 6 == 0)
     rows = [[{"alarms": {("any", 0.9): alarm}} for alarm in alarms] for alarms in (many, few)]
-    ratio, low, high = ratio_interval(*rows, sites, ("any", "any"), 0.9)
+    ratio, low, high = ratio_interval(*rows, sites, 0.9)
     assert ratio == pytest.approx((many.sum() + 0.5) / (few.sum() + 0.5))
     assert 1 < low < ratio < high and high / low < 1.5  # though sites differ in their alarms
-    assert ratio_interval(rows[0], rows[0], sites, ("any", "any"), 0.9) == (1, 1, 1)
+    assert ratio_interval(rows[0], rows[0], sites, 0.9) == (1, 1, 1)
 
 
 def test_interval_by_folds_is_the_t_interval(studies):
