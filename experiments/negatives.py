@@ -1,7 +1,7 @@
 """How should a model learn from recordings that hold none of its classes?
 
     python experiments/negatives.py --jobs 2
-    python experiments/negatives.py --esc10 --seeds 0 --epochs 24 --jobs 2
+    python experiments/negatives.py --esc10 --seeds 0 --epochs 16 --arms ABC --jobs 2
     python experiments/negatives.py --final --jobs 2      the demo's recipe, with and without
 
 Trains on the demo with 30 minutes of its soundscape as negatives. Each negative clip is a random
@@ -10,6 +10,7 @@ soundscape of other sites, at equal recall. With --esc10, two of its classes are
 training, and their clips are the sounds that should raise no alarm.
 """
 
+import argparse
 import contextlib
 import csv
 from pathlib import Path
@@ -17,7 +18,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from common import WORK, read_rows, run_all, study_parser
+from common import HERE, WORK, read_rows, run_all
 from false_alarms import WINDOW, TestSet, Window, figures, write_results
 
 from core.device.precision import choose_precision
@@ -234,26 +235,33 @@ def load_windows(windows: list[Window], rate: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(waves))
 
 
-def main():
-    parser = study_parser(__doc__)
-    parser.add_argument("--esc10", action="store_true", help="ESC-10 without two of its classes")
-    parser.add_argument("--final", action="store_true",
-                        help="the best arms at the demo's full recipe")
-    parser.add_argument("--arms", default="ABCDE", help="letters of the arms to run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.set_defaults(epochs=12)
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--epochs", type=int, default=12)
+    add("--jobs", type=int, default=1, help="runs at a time, which share the CPU threads")
+    add("--arms", default="ABCDE", help="letters of the arms to run")
+    add("--final", action="store_true", help="the best arms with the demo's 32 epochs")
+    add("--esc10", metavar="FOLDER", nargs="?", const=HERE.parent.parent / "shared" / "esc10",
+        type=Path, help="ESC-10 without two of its classes, in a folder laid out like ESC-50")
     args = parser.parse_args()
-    name = "negatives" + ("-esc10" if args.esc10 else "") + ("-final" if args.final else "")
     if args.final:
         args.epochs = 32
+    return args
+
+
+def main():
+    args = parse()
+    name = "negatives" + ("-esc10" if args.esc10 else "") + ("-final" if args.final else "")
     folder = WORK / "negatives"
     folder.mkdir(parents=True, exist_ok=True)
     arms = {arm: flags for arm, flags in ARMS.items()
             if arm[0] in args.arms and (arm in FINAL or not args.final)}
     runs, data = {}, {}
     for seed in args.seeds:
-        data[seed] = esc10_data(folder, seed, Path(args.data)) if args.esc10 else demo_data(
-            folder, seed)
+        data[seed] = (esc10_data(folder, seed, args.esc10) if args.esc10
+                      else demo_data(folder, seed))
         for arm, flags in arms.items():
             flags, patch = flags if isinstance(flags, tuple) else (flags, None)
             if args.esc10 and patch is uniform_targets:
