@@ -13,12 +13,13 @@ from scipy import stats
 
 import flags
 import train
+from data.clips import Clips
 from model.ast import AST, ASTConfig
 from model.frontend import LogMel
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
-STUDIES = ("warmup", "batch", "augmentation", "longtail", "frontend", "recipe")
-MODULES = (*STUDIES, "common", "summary", "pretrain")
+STUDIES = ("warmup", "batch", "augmentation", "longtail", "frontend", "recipe", "negatives")
+MODULES = (*STUDIES, "common", "summary", "pretrain", "false_alarms")
 TINY = ["--dim", "16", "--depth", "1", "--heads", "2", "--seconds", "1", "--device", "cpu",
         "--amp", "off"]
 
@@ -116,6 +117,100 @@ def test_padded_frames_are_zeros_after_the_clip(studies):
     assert native.shape == (2, 128, 173) and padded.shape == (2, 128, 1024)
     assert torch.equal(padded[:, :, :173], native) and not padded[:, :, 173:].any()
     assert torch.equal(LogMel()(wave), native)
+
+
+def test_negatives_have_zeros_or_one_target_for_all_classes(studies):
+    soft_targets = studies["negatives"].soft_targets
+    labels = torch.tensor([0, 3, 2])  # of 3 classes; 3 is the output for noise
+    zeros = soft_targets(labels, 4, 0.0, torch.nan)
+    uniform = soft_targets(labels, 4, 1 / 3, 0.0)
+    nan, third = float("nan"), 1 / 3
+    expected = torch.tensor([[1, 0, 0, nan], [0, 0, 0, nan], [0, 0, 1, nan]])
+    torch.testing.assert_close(zeros, expected, equal_nan=True)
+    expected = torch.tensor([[1, 0, 0, 0], [third, third, third, 0], [0, 0, 1, 0]])
+    torch.testing.assert_close(uniform, expected)
+
+
+def test_patch_of_negatives_switches_their_output_off_and_ends(studies):
+    config = ASTConfig(4, dim=16, depth=1, heads=2)
+    originals = AST.__init__, Clips.batch, Clips.__getitems__
+    spec = torch.randn(2, 128, 128)
+    with studies["negatives"].uniform_targets():
+        assert Clips.batch is Clips.__getitems__ is not originals[1]
+        masked = AST(config).eval()(spec)
+    assert (AST.__init__, Clips.batch, Clips.__getitems__) == originals
+    assert (masked[:, 3] == -30).all()
+    plain = AST(config).eval()(spec)
+    assert (plain[:, 3] != -30).all()
+
+
+def test_scores_leave_the_output_for_noise_out(studies):
+    negatives = studies["negatives"]
+    logits = np.array([[1.0, 2.0, 5.0]])
+    e = np.exp([1.0, 2.0, 5.0])
+    expected = {"A": e[:2] / e[:2].sum(), "B": e[:2] / e.sum(), "C": e[:2] / (1 + e[:2]),
+                "D": e[:2] / e[:2].sum(), "E": e[:2] / (1 + e[:2])}
+    for arm in negatives.ARMS:
+        scores = negatives.as_scores(logits, 2, arm)
+        np.testing.assert_allclose(scores, [expected[arm[0]]])
+
+
+def test_negatives_of_training_and_test_are_of_different_sites(studies):
+    negatives = studies["negatives"]
+    rows = negatives.negative_rows("noise/")
+    sites = {row[0] for row in rows}
+    assert len(sites) == 12 and {row[2] for row in rows} == {"train"}
+    seconds = [second for row in rows if row[0] == rows[0][0] for second in range(*row[3:])]
+    assert seconds == list(range(150))  # the whole recording, once
+    test = {f"noise/noise_{site:04d}.wav" for site in negatives.TEST_SITES}
+    assert not sites & test
+    n_train = 416 - 2 * 63
+    assert 0.25 < len(rows) / (len(rows) + n_train) <= 0.3
+
+
+@pytest.mark.parametrize("top_only", [False, True])
+@pytest.mark.parametrize("recall", [0.9, 0.8, 0.5])
+def test_false_alarms_equal_a_search_over_all_thresholds(studies, top_only, recall):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(3, size=60)
+    clips, negatives = rng.random((60, 3)), rng.random((200, 3))
+    clips[np.arange(60), labels] += np.array([0.3, 1, 1])[labels]  # class 0 is often missed
+    alarm, reached = studies["false_alarms"].false_alarms(clips, labels, negatives, recall,
+                                                          top_only)
+
+    def reports(scores, c, threshold):
+        return [row[c] >= threshold and (not top_only or row[c] == max(row)) for row in scores]
+
+    expected, recalls = np.zeros(200, bool), []
+    for c in range(3):
+        own = clips[labels == c]
+        shares = {t: np.mean(reports(own, c, t)) for t in [0.0, *clips[:, c]]}
+        enough = [t for t, share in shares.items() if share >= recall - 1e-9]
+        threshold = max(enough, default=0.0)  # out of reach: the class with the top score
+        expected |= reports(negatives, c, threshold)
+        recalls.append(shares[threshold])
+    np.testing.assert_array_equal(alarm, expected)
+    assert reached == pytest.approx(np.mean(recalls))
+
+
+def test_separation_is_the_area_under_the_roc_curve(studies):
+    rng = np.random.default_rng(1)
+    clips, negatives = rng.random((30, 2)).round(1), rng.random((40, 2)).round(1)
+    a, b = clips.max(axis=1)[:, None], negatives.max(axis=1)
+    expected = np.mean((a > b) + 0.5 * (a == b))
+    assert studies["false_alarms"].separation(clips, negatives) == pytest.approx(expected)
+
+
+def test_ratio_of_alarms_is_paired(studies):
+    ratio_interval = studies["false_alarms"].ratio_interval
+    sites = np.repeat([f"site {i}" for i in range(20)], 30)
+    many = np.random.default_rng(2).random((2, 600)) < np.repeat(np.linspace(0, 1, 20), 30)
+    few = many & (np.arange(600) % 6 == 0)
+    rows = [[{"alarms": {("any", 0.9): alarm}} for alarm in alarms] for alarms in (many, few)]
+    ratio, low, high = ratio_interval(*rows, sites, 0.9)
+    assert ratio == pytest.approx((many.sum() + 0.5) / (few.sum() + 0.5))
+    assert 1 < low < ratio < high and high / low < 1.5  # though sites differ in their alarms
+    assert ratio_interval(rows[0], rows[0], sites, 0.9) == (1, 1, 1)
 
 
 def test_interval_by_folds_is_the_t_interval(studies):
