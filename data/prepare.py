@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from util import plural
+
 from .annotations import AnnotationRules, cut_events
 from .clip_times import check_times
 from .content import content_keys
@@ -21,8 +23,10 @@ from .overview import class_lines, source_lines, warning_lines
 from .scan import refuse_truncated, scan, summary
 from .sound_print import shorten
 from .splits import assign_splits, audit, drop_rare
+from .stratify import undivided
 
 DEMO = Path(__file__).parents[1] / "demo_data"
+MIN_UNITS = 10  # with fewer groups, it is likely that they are why a split is empty
 MAX_NOTES = 100  # on truncated clips
 MAX_CLIPS_TO_DECODE = 5000  # with more clips, only headers are read before training
 
@@ -122,8 +126,20 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
     for split in SPLITS:
         if len(manifest.rows(split)) == 0:
             raise DataError(f"--data {data}: no clip is left for {split}; give more recordings, or "
-                            "a split column")
+                            f"a split column{_group_advice(manifest, copies)}")
     return manifest, bad
+
+
+def _group_advice(manifest, copies):
+    """What else helps if too few groups are the reason that a split is empty."""
+    n_units = len(np.unique(undivided(manifest, copies)))
+    source = manifest.sources.get("group") or manifest.group_source
+    if n_units >= MIN_UNITS or not source.startswith("column "):
+        return ""
+    name = source.removeprefix("column ")
+    return (f", or give the column {name} another name if its values may be in several splits: "
+            f"its {plural(len(np.unique(manifest.group)), 'group')} and equal recordings leave "
+            f"{n_units} that stay whole")
 
 
 def _describe_unchecked(result):

@@ -9,8 +9,8 @@ from metrics.false_alarms import false_alarms, recall_at
 from util import CsvWriter, atomic_write, plural
 
 RATES = (0.1, 1, 10)  # false alarms per hour, of one class, for which recall is given
-HOW_TO = ("recordings that contain none of the classes, as a folder called noise, as rows with an "
-          "empty label, or with --negatives")
+HOW_TO = ("give recordings that contain none of the classes, in a folder called noise, as rows with "
+          "an empty label, or with --negatives")
 
 
 def write_false_alarms(path: Path, calibrated: np.ndarray, result, manifest,
@@ -50,7 +50,7 @@ def write_false_alarms(path: Path, calibrated: np.ndarray, result, manifest,
 def false_alarm_lines(figures: dict | None) -> list[str]:
     """Lines for the terminal."""
     if figures is None:
-        return ["  false alarms       not known: the clips have none of " + HOW_TO]
+        return ["  false alarms       not known; " + HOW_TO]
     low, high = figures["per_hour_ci95"]
     lines = [f"  {'false alarms':<18} {figures['per_hour']:.1f} per hour   (95% interval {low:.1f} "
              f"to {high:.1f}; {plural(figures['windows_with_alarm'], 'window')} in "

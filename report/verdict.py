@@ -153,8 +153,7 @@ def _false_alarm_findings(run, result):
     """
     figures = run.metrics.get("false_alarms")
     if figures is None:
-        _add(result, True, "How many false alarms it raises is not known: these clips have none "
-             f"of {HOW_TO}; or test it with evaluate.py --negatives")
+        _add(result, True, f"How many false alarms it raises is not known; {HOW_TO}")
         return
     low, high = figures["per_hour_ci95"]
     recalls = [f"{rate} of a class per hour: {'-' if recall is None else f'{recall:.1%}'}"
