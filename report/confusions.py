@@ -58,7 +58,8 @@ def cell_lists(run: Run, examples: Sequence[Example], folder: Path, root: Path |
     Returns {"names", "base": address of root, "cells": {"row,column": [clip]}, "complete"}, each
     clip as [path, confidence, start, number of its example, address].
     """
-    cards = {example.index: i for i, example in enumerate(examples) if example.kind != "suspect"}
+    cards = {example.index: i for i, example in enumerate(examples)
+             if example.kind not in ("suspect", "alarm")}
     true, predicted, clips = outcomes(run)
     confidence = _confidence(run, true, predicted, clips)
     cells, n_listed = {}, 0

@@ -20,6 +20,10 @@ KINDS = {  # kind of example -> (title, explanation for one label per clip, for 
         "score(label), the margin of C. Northcutt et al., “Confident Learning”, 2021.",
         "Training clips that the model still predicts otherwise. Ranked by the score of a class "
         "that is not a label, or by 1 - score of a missed label."),
+    "alarm": (
+        "Surest false alarms", *2 * ["Windows of recordings that are said to contain none of the "
+        "classes, ranked by the score of the reported class. If the class is heard there, the "
+        "recording is not what it is said to be."]),
     "wrong": (
         "Most confident mistakes",
         "Ranked by score(prediction) - score(label), at most two clips per confusion.",
@@ -33,8 +37,9 @@ KINDS = {  # kind of example -> (title, explanation for one label per clip, for 
         "Exactly the labels are predicted; the most confident clip of each of several classes."),
 }
 OF_TEST = ("wrong", "uncertain", "right")
-MOST = {"suspect": 12, "wrong": 10, "uncertain": 6, "right": 6}
+MOST = {"suspect": 12, "alarm": 8, "wrong": 10, "uncertain": 6, "right": 6}
 MOST_ALIKE = {"wrong": 2, "right": 1}  # clips of the same label and prediction
+MOST_ALARMS_OF_RECORDING = 2
 WIDEST = 800  # columns of a spectrogram's picture
 TOP = 5  # classes with a bar on a card
 MIN_FILLED = 0.005  # share of the window; less is rounding
@@ -109,6 +114,22 @@ def choose(scores: np.ndarray, labels: np.ndarray, kinds: Sequence[str] = OF_TES
                 n_chosen += 1
                 used.add(i)
                 chosen.append((kind, i, int(focus[i])))
+    return chosen
+
+
+def choose_alarms(scores: np.ndarray, alarms: np.ndarray, groups: np.ndarray
+                  ) -> list[tuple[int, int]]:
+    """Choose false alarms to show: [(window, class)], the surest first, few of a recording.
+
+    scores: (n, C) calibrated, of windows without any class. alarms: (n, C) bool. groups: (n,) codes
+    of recordings.
+    """
+    sure = np.where(alarms, scores, -1.0)
+    chosen, of_group = [], {}
+    for i in _descending(sure.max(axis=1), alarms.any(axis=1)):
+        of_group[groups[i]] = of_group.get(groups[i], 0) + 1
+        if of_group[groups[i]] <= MOST_ALARMS_OF_RECORDING and len(chosen) < MOST["alarm"]:
+            chosen.append((int(i), int(sure[i].argmax())))
     return chosen
 
 

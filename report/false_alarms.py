@@ -8,9 +8,9 @@ import numpy as np
 from metrics.false_alarms import false_alarms, recall_at
 from util import CsvWriter, atomic_write, plural
 
-RATES = (0.1, 1, 10)  # false alarms per hour, of one class, for which recall is given
-HOW_TO = ("give recordings that contain none of the classes, in a folder called noise, as rows with "
-          "an empty label, or with --negatives")
+RATES = (0.1, 1, 10)  # false alarms of a class per hour, for which recall is given
+HOW_TO = ("give recordings that contain none of the classes, in a folder called noise, as rows "
+          "with an empty label, or with --negatives")
 
 
 def write_false_alarms(path: Path, calibrated: np.ndarray, result, manifest,
@@ -31,10 +31,7 @@ def write_false_alarms(path: Path, calibrated: np.ndarray, result, manifest,
     labelled = manifest.has_label[result.rows]
     figures["recall_at"] = recall_at(calibrated[labelled], result.labels[labelled], scores, hours,
                                      RATES, top_k)
-    is_alarm = scores >= np.asarray(calibration["thresholds"])
-    if top_k == 1:
-        is_alarm &= scores.argmax(axis=1)[:, None] == np.arange(len(classes))
-    windows, alarms = np.nonzero(is_alarm)
+    windows, alarms = np.nonzero(find_alarms(scores, calibration["thresholds"], top_k))
     order = np.argsort(-scores[windows, alarms], kind="stable")
     with atomic_write(path) as file:
         out = CsvWriter(file)
@@ -45,6 +42,14 @@ def write_false_alarms(path: Path, calibrated: np.ndarray, result, manifest,
             out.writerow([manifest.paths[row], f"{manifest.start[row]:g}", f"{end:g}", classes[c],
                           f"{scores[window, c]:.6f}"])
     return figures
+
+
+def find_alarms(scores: np.ndarray, thresholds: Sequence[float], top_k: int | None) -> np.ndarray:
+    """(n, C) bool: the classes that are reported in each window; top_k: 1 for the best one only."""
+    alarms = scores >= np.asarray(thresholds)
+    if top_k == 1:
+        alarms &= scores.argmax(axis=1)[:, None] == np.arange(scores.shape[1])
+    return alarms
 
 
 def false_alarm_lines(figures: dict | None) -> list[str]:

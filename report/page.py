@@ -37,7 +37,7 @@ FIGURES = {  # column of per_class.csv -> (heading, hint)
     "ap": ("AP", "Average precision: how well the scores rank clips of this class before others; "
                  "1 is perfect. It needs no threshold."),
     "threshold": ("threshold", "The class is predicted for a clip if its score reaches this."),
-    "false_alarms_per_hour": ("false alarms per hour", "How often this class is reported in an "
+    "false_alarms_per_hour": ("alarms/h", "False alarms: how often this class is reported in an "
                               "hour of recordings that contain none of the classes."),
 }
 TEMPLATES = Path(__file__).with_name("templates")
@@ -185,7 +185,9 @@ def _classes(run):
 
 def _class_row(run, i):
     row, n = run.classes[i], run.support[i]
-    figures = [row[key] for key in FIGURES if key in row]
+    # (text of the file, digits to show)
+    figures = [(row[key], 1 if key == "false_alarms_per_hour" else 3)
+               for key in FIGURES if key in row]
     confused, n_confused = None, int(row["confused_count"])
     if n_confused and row["confused_with"] in run.names:
         confused = {"name": row["confused_with"], "short": shorten(row["confused_with"], 22),

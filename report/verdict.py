@@ -156,13 +156,19 @@ def _false_alarm_findings(run, result):
         _add(result, True, f"How many false alarms it raises is not known; {HOW_TO}")
         return
     low, high = figures["per_hour_ci95"]
-    recalls = [f"{rate} of a class per hour: {'-' if recall is None else f'{recall:.1%}'}"
-               for rate, recall in mean_recalls(figures).items()]
+    recalls = mean_recalls(figures)
+    known = [f"{recall:.1%} at {rate}" for rate, recall in recalls.items() if recall is not None]
+    unknown = [str(rate) for rate, recall in recalls.items() if recall is None]
     rates = sorted(((row["per_hour"], name) for name, row
                     in zip(run.names, figures["per_class"], strict=True)), reverse=True)
     worst = [f"{name} {rate:.1f} per hour" for rate, name in rates if rate > 0]
-    details = [f"Recall at the threshold that allows so many false alarms: {'; '.join(recalls)} "
-               "(a dash: the recordings are too short to know)"]
+    details = []
+    if known:
+        details.append("Recall with thresholds that allow each class so many false alarms per "
+                       f"hour: {', '.join(known)}")
+    if unknown:
+        details.append(f"The recordings are too short to know the recall at {' or '.join(unknown)} "
+                       "false alarms of a class per hour")
     if worst:
         details.insert(0, f"Most: {summarize(worst, MOST_NAMES)}. All of them, surest first: "
                        "false_alarms.csv")

@@ -9,6 +9,7 @@ from core.scoring import Evaluation
 from data.manifest import Manifest
 from metrics import apply_temperature, evaluate_scores
 from report import verdict
+from report.examples import MOST, choose_alarms
 from report.results import result_lines, write_results
 from report.run_files import read_run
 
@@ -117,3 +118,22 @@ def test_report_and_terminal_begin_with_false_alarms_or_say_that_they_are_not_kn
         else:
             assert metrics["false_alarms"] is None and not (tmp_path / "false_alarms.csv").exists()
             assert "not known" in first and "--negatives" in first and "--negatives" in lines
+
+
+def test_false_alarms_to_listen_to_are_the_surest_and_of_several_recordings():
+    rng = np.random.default_rng(0)
+    scores = rng.uniform(0, 1, (300, 3))
+    alarms = scores > 0.8
+    groups = np.arange(300) % 5
+    chosen = choose_alarms(scores, alarms, groups)
+    assert len(chosen) == MOST["alarm"]
+    values = [scores[i, c] for i, c in chosen]
+    assert values == sorted(values, reverse=True) and all(alarms[i, c] for i, c in chosen)
+    counts = np.bincount(groups[[i for i, _ in chosen]], minlength=5)
+    assert counts.max() == 2
+    for group in range(5):  # the surest of each recording come first
+        own = sorted((scores[i][alarms[i]].max() for i in np.flatnonzero(groups == group)
+                      if alarms[i].any()), reverse=True)
+        shown = [value for (i, _), value in zip(chosen, values) if groups[i] == group]
+        assert shown == own[:len(shown)]
+    assert choose_alarms(scores, np.zeros_like(alarms), groups) == []

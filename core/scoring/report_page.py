@@ -9,6 +9,7 @@ from data.clips import Clips, TileKey, evaluation_batches
 from metrics import apply_temperature
 from model.relevance import patch_relevance
 from report import examples, page
+from report.false_alarms import find_alarms
 
 from .evaluation import Evaluation, Scorer, evaluate, window_scores
 
@@ -27,6 +28,7 @@ def write_report(out: Path, checkpoint: Path, calibration: dict, epoch: int, res
     """
     collector = ExampleCollector(scorer, clips, calibration)
     has_label = clips.manifest.has_label
+    negatives = result.select(clips.manifest.is_negative[result.rows])
     result = result.select(has_label[result.rows])
     train_rows = clips.manifest.rows("train")
     train_rows = train_rows[has_label[train_rows]]
@@ -41,6 +43,7 @@ def write_report(out: Path, checkpoint: Path, calibration: dict, epoch: int, res
                                         collector.count_contradicted(trained))
         shown = collector.collect(trained, kinds)
     if split != "train":
+        shown += collector.collect_alarms(negatives)
         shown += collector.collect(result, examples.OF_TEST)
     config = scorer.model.config
     try:
@@ -98,6 +101,17 @@ class ExampleCollector:
             if example is not None:
                 found.append(example)
         return found
+
+    def collect_alarms(self, negatives: Evaluation) -> list[examples.Example]:
+        """The surest false alarms in an evaluation of windows that contain none of the classes."""
+        if len(negatives.rows) == 0:
+            return []
+        scores, manifest = self._calibrated(negatives), self.clips.manifest
+        alarms = find_alarms(scores, self.thresholds, None if manifest.multi_label else 1)
+        found = [self._example("alarm", i, c, int(negatives.rows[i]), scores[i],
+                               np.flatnonzero(alarms[i]).tolist())
+                 for i, c in examples.choose_alarms(scores, alarms, manifest.group[negatives.rows])]
+        return [example for example in found if example is not None]
 
     def _example(self, kind, index, focus, row, scores, predicted):
         """The clip's tile with the highest score of the class `focus`; None if unreadable."""
