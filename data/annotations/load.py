@@ -78,25 +78,24 @@ def is_annotated(data: str | os.PathLike, asked: bool = False) -> bool:
 
 def _probe_folder(folder):
     """The forms of some tables below a folder."""
-    tables, stems = [], set()
+    tables = [Path(where, name) for where, name in _files_below(folder) if is_table(name)]
+    if any(path.name.lower().endswith(NAMES) for path in tables):
+        return {"raven"}
+    forms = {path: _form_or_none(path) for path in tables[::len(tables) // MAX_PROBES + 1]}
+    unnamed = [path for path, form in forms.items() if form in ("audacity", "simple-seq")]
+    if unnamed:  # such tables may be about anything, unless recordings have their names
+        stems = {simplify(text) for _, name in _files_below(folder)
+                 if suffix(name) in AUDIO_SUFFIXES for text in (name, os.path.splitext(name)[0])}
+        forms |= {path: "table" for path in unnamed
+                  if stems and stems.isdisjoint(stems_of(path.name))}
+    return set(forms.values())
+
+
+def _files_below(folder):
+    """(folder, name) of every visible file below a folder, sorted by folder."""
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if name.startswith("."):
-                continue
-            if name.lower().endswith(NAMES):
-                return {"raven"}
-            if is_table(name):
-                tables.append(Path(where, name))
-            elif suffix(name) in AUDIO_SUFFIXES:
-                stems.update((simplify(name), simplify(os.path.splitext(name)[0])))
-    forms = set()
-    for path in tables[::len(tables) // MAX_PROBES + 1]:
-        form = _form_or_none(path)
-        if form in ("audacity", "simple-seq") and stems and stems.isdisjoint(stems_of(path.name)):
-            form = "table"  # it may be about anything
-        forms.add(form)
-    return forms
+        yield from ((where, name) for name in names if not name.startswith("."))
 
 
 def _form_or_none(path):
