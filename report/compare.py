@@ -38,7 +38,7 @@ def compare(a: str | Path, b: str | Path, out: Path, n_boot: int = 2000, seed: i
         lines.append(f"a has {plural(len(sides[0]), 'run')}, b has {len(sides[1])}")
     metric_lines, values = _metric_lines(*sides, n_boot, seed)
     lines += ["", "settings that differ:", *_differences(*sides),
-              "", *metric_lines, *_paired_run_lines(*sides)]
+              "", *metric_lines, *_false_alarm_lines(*sides), *_paired_run_lines(*sides)]
     _draw(sides, _names(a, b), values, out)
     return [*lines, "", f"written: {out}"]
 
@@ -62,6 +62,9 @@ def _read(folder):
         run = json.loads(read_regular(folder / "run.json"))
         run["history"] = read_columns(folder / "history.csv")
         run["test"] = load_scores(folder / "test")
+        metrics = folder / "test" / "metrics.json"  # older runs did not count false alarms
+        run["false_alarms"] = metrics.exists() and json.loads(
+            read_regular(metrics)).get("false_alarms")
         clips = read_rows(folder / "test" / "predictions.csv")
         run["test"]["index"] = {(clip["path"], clip["start"]): i for i, clip in enumerate(clips)}
         run["test"]["text"] = [clip["label"] for clip in clips]
@@ -144,6 +147,18 @@ def _metric_lines(a, b, n_boot, seed):
         lines.append(f"  correct only in a {only_a}, only in b {only_b}, "
                      f"in both {(correct_a & correct_b).sum()}")
     return lines, (values_a, values_b)
+
+
+def _false_alarm_lines(a, b):
+    """A line with the false alarms per hour of both sides, if all runs have counted them."""
+    if not all(run["false_alarms"] for run in [*a, *b]):
+        return []
+    cells = []
+    for letter, side in (("a", a), ("b", b)):
+        hours = sum(run["false_alarms"]["hours"] for run in side)
+        count = sum(run["false_alarms"]["windows_with_alarm"] for run in side)
+        cells.append(f"{letter} {count / hours:.1f} ({count} in {hours:.2f} h)")
+    return [f"  false alarms per hour, each at its own thresholds: {', '.join(cells)}"]
 
 
 def _groups(side, clips):

@@ -15,6 +15,7 @@ import export
 import predict
 from core.run.checkpoint import load_checkpoint
 from data.manifest import Manifest
+from report.compare import compare
 
 RATE = 16000
 AT = TINY.index("--logit-adjust")  # needs a softmax loss
@@ -232,3 +233,10 @@ def test_checkpoint_of_clips_is_tested_on_annotated_recordings(run, annotated, t
               for row in read(tmp_path / "out" / "predictions.csv")}
     assert any(active.values()) or total["found"] == total["false"] == 0
     assert metrics["false_alarms"]["recordings"] <= 8
+
+
+def test_comparison_has_the_false_alarms_of_both_runs(run, capsys):
+    figures = json.loads((run / "test" / "metrics.json").read_text())["false_alarms"]
+    lines = compare(run, run, run.parent / "compare.png")
+    [line] = [line for line in lines if "false alarms" in line]
+    assert line.count(f"{figures['per_hour']:.1f} ({figures['windows_with_alarm']} in") == 2

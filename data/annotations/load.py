@@ -78,7 +78,7 @@ def is_annotated(data: str | os.PathLike, asked: bool = False) -> bool:
 
 def _probe_folder(folder):
     """The forms of some tables below a folder."""
-    tables = [Path(where, name) for where, name in _files_below(folder) if is_table(name)]
+    tables = sorted(Path(where, name) for where, name in _files_below(folder) if is_table(name))
     if any(path.name.lower().endswith(NAMES) for path in tables):
         return {"raven"}
     forms = {path: _form_or_none(path) for path in tables[::len(tables) // MAX_PROBES + 1]}
