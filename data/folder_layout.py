@@ -190,18 +190,3 @@ def _without_level(path, level):
     parts = path.split("/")
     stem = os.path.splitext(parts[-1])[0]
     return "/".join([*parts[:level], *parts[level + 1:-1], stem])
-
-
-# ---- tables beside the recordings
-
-def refuse_selection_tables(folder: Path, tops: list[str]) -> None:
-    """Raise DataError if Raven selection tables lie in the folders: these are then no classes."""
-    for top in tops:
-        for where, _, names in os.walk(folder / top):
-            for name in names:
-                if name.lower().endswith(".selections.txt"):
-                    path = os.path.relpath(os.path.join(where, name), folder)
-                    raise DataError(
-                        f"--data {folder}: {path} is a Raven selection table, so the folder {top} "
-                        "is no class; give a CSV with the columns path,label,start,end, or move "
-                        "such tables away if the folders are classes")

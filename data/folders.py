@@ -10,7 +10,7 @@ from util import plural, read_regular, summarize
 from .audio import AUDIO_SUFFIXES
 from .build import build_manifest
 from .files import SYSTEM_FOLDERS, IgnoredFiles, count_suffixes, find_audio, suffix
-from .folder_layout import find_layout, refuse_selection_tables
+from .folder_layout import find_layout
 from .folder_words import BIRDNET_NAME, is_unlabelled, negative_names, splits_of
 from .manifest import DataError, Manifest
 from .negatives import add_negatives, negative_recordings
@@ -25,8 +25,6 @@ def load_folder(folder: Path, real_classes: Collection[str] = ()) -> Manifest:
     real_classes: folders that are classes although they are called noise or the like.
     """
     names, tops, loose, paths, ignored = _list_folder(folder)
-    if ignored[".txt"]:
-        refuse_selection_tables(folder, tops)
     notes = []
     paths, negatives = _take_out_negatives(folder, paths, real_classes, notes)
     paths = _leave_out_unlabelled(paths, notes)

@@ -81,7 +81,7 @@ def usage_code(info: dict, c, frames: int, has_extractor: bool, scaling: tuple[f
         lengthened = f"np.pad(wave, (0, {n} - len(wave)))"
     else:  # placed in the middle
         lengthened = f"np.pad(wave, (({n} - len(wave) + 1) // 2, ({n} - len(wave)) // 2))"
-    scores = "sigmoid()" if info["sigmoid"] else "softmax(dim=1)"
+    scores = "sigmoid()" if info.get("sigmoid", info["multi_label"]) else "softmax(dim=1)"
     if has_extractor:
         imports = "from transformers import AutoFeatureExtractor, AutoModelForAudioClassification"
         features = f'''extractor = AutoFeatureExtractor.from_pretrained(folder)

@@ -179,7 +179,7 @@ def result_lines(metrics: dict) -> list[str]:
     if metrics["tiles"] > metrics["n"] + metrics.get("unlabelled", 0):
         lines.append(f"  {'single tiles':<18} {metrics['tile_accuracy']:.3f}   "
                      f"({metrics['tiles']} tiles; the metrics above average them per clip)")
-    lines += false_alarm_lines(metrics["false_alarms"])
+    lines += false_alarm_lines(metrics.get("false_alarms"))
     lines.append(_calibration_line(metrics))
     recalls = {third: metrics.get(f"recall_{third}") for third in THIRDS}
     if any(recall is not None for recall in recalls.values()):

@@ -119,8 +119,7 @@ def test_processed_copies_share_a_group(tmp_path):
 def test_selection_tables_beside_recordings(tmp_path):
     touch_tree(tmp_path, ["siteA", "siteB"])
     touch(tmp_path, "siteB/0.Table.1.selections.txt")
-    assert_not_loaded("siteB/0.Table.1.selections.txt is a Raven selection table",
-                      "path,label,start,end", tmp_path)
+    assert_not_loaded("events are annotated in these recordings", "--annotated all", tmp_path)
 
 
 def test_folders_of_the_system_are_skipped(tmp_path):

@@ -45,10 +45,15 @@ def test_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
             self.entries = scandir(path)
 
         def __enter__(self):
-            return list(self.entries)[::-1]
+            return iter(list(self.entries)[::-1])
 
         def __exit__(self, *_):
             self.entries.close()
+
+        def __next__(self):  # os.walk takes its entries one by one
+            if not hasattr(self, "reversed"):
+                self.reversed = self.__enter__()
+            return next(self.reversed)
 
     monkeypatch.setattr(os, "scandir", Reversed)
     monkeypatch.setattr(os, "listdir", lambda path: listdir(path)[::-1])

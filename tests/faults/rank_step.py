@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 def step(distributed, sizes, nan_clip=None):
     """One train_step over this rank's share of the micro-batches.
 
-    -> dict of gradients (by name, as the optimizer saw them), numbers (5,), n_steps of the
+    -> dict of gradients (by name, as the optimizer saw them), numbers (6,), n_steps of the
     schedule, clips of this rank
     """
     torch.manual_seed(0)

@@ -116,7 +116,7 @@ CLIPS = {
     "paths of numbers": change("manifest", "paths", first(7)),
     "column too short": change("manifest", "labels", lambda labels: labels[1:]),
     "label too high": change("manifest", "labels", first(3)),
-    "label too low": change("manifest", "labels", first(-1)),
+    "label too low": change("manifest", "labels", first(-2)),
     "label of text": change("manifest", "labels", first("low")),
     "split 3": change("manifest", "split", first(3)),
     "start NaN": change("manifest", "start", first(float("nan"))),
