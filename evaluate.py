@@ -200,7 +200,6 @@ def evaluation_data(checkpoint: Checkpoint, data: str | None, audio_dir: str | N
         known_bad = frozenset(path for path, _ in checkpoint["bad_files"])
         if manifest.duration is None:
             raise ValueError("its manifest has no lengths")
-    notes = [f"data: {manifest.root}, the split made in training"]
     if data is not None:
         given = load_manifest(data, audio_dir, manifest.classes)
         given = cut_like_run(given, checkpoint)
@@ -209,10 +208,14 @@ def evaluation_data(checkpoint: Checkpoint, data: str | None, audio_dir: str | N
             manifest, notes = other_data(manifest, compared)
             return manifest, np.arange(len(manifest)), "all", notes
         manifest, notes = own_data(manifest, compared)
-    elif own_run_info(checkpoint) is None:
-        raise DataError(f"{checkpoint.path}: not in the folder of its run, so the recordings that "
-                        f"it names in {manifest.root} are not read; give their folder or CSV with "
-                        "--data")
+    else:
+        info = own_run_info(checkpoint)
+        if info is None:
+            raise DataError(f"{checkpoint.path}: not in the folder of its run, so the recordings "
+                            f"that it names in {manifest.root} are not read; give their folder or "
+                            "CSV with --data")
+        manifest.root = Path(info["data"]["root"])
+        notes = [f"data: {manifest.root}, the split made in training"]
     rows = manifest.rows(split)
     if len(rows) == 0:
         present = [name for name in SPLITS if len(manifest.rows(name))]

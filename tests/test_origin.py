@@ -54,8 +54,8 @@ def home(tmp_path, monkeypatch):
     return tmp_path / "home"
 
 
-@pytest.mark.parametrize("place", ["alone", "in a run of another root", "in a run of another split",
-                                   "with a damaged run.json", "with a run.json of lists"])
+@pytest.mark.parametrize("place", ["alone", "in a run of another split", "with a damaged run.json",
+                                   "with a run.json of lists"])
 def test_forged_root_is_not_read(place, finished_run, run_copy, private, tmp_path, home, capsys):
     path = tmp_path / ("downloads" if place == "alone" else "run") / "best.pt"
     forge(finished_run, path, root=private, cache_dir=str(tmp_path / "planted"))
@@ -71,6 +71,15 @@ def test_forged_root_is_not_read(place, finished_run, run_copy, private, tmp_pat
     error = capsys.readouterr().err
     assert error.startswith(f"error: {path}: ") and "--data" in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists() and not (tmp_path / "planted").exists()
+
+
+def test_forged_root_in_the_folder_of_a_run_reads_the_runs_own_recordings(
+        finished_run, run_copy, private, tmp_path, home, capsys):
+    forge(finished_run, run_copy / "best.pt", root=private)
+    assert run_evaluate("--ckpt", run_copy / "best.pt", "--out", tmp_path / "out") == 0
+    assert str(private) not in capsys.readouterr().out
+    expected = (run_copy / "test" / "predictions.csv").read_text()
+    assert (tmp_path / "out" / "predictions.csv").read_text() == expected
 
 
 def test_control_the_same_run_json_makes_it_the_runs_own(run_copy, private, tmp_path, home):

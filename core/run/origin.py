@@ -15,19 +15,16 @@ from .checkpoint import Checkpoint, as_checkpoint_error
 def own_run_info(checkpoint: Checkpoint) -> dict | None:
     """The content of run.json if the checkpoint is in the folder of its run, else None.
 
-    run.json must name the same root and the same split. A link to the checkpoint may be anywhere.
+    run.json must have the same split, and says where the recordings are: its root may be newer than
+    the checkpoint's. A link to the checkpoint may be anywhere.
     """
     folders = dict.fromkeys((checkpoint.path.parent, checkpoint.path.resolve().parent))
     infos = [info for info in map(read_run_info, folders) if info is not None]
     if not infos:
         return None
     with as_checkpoint_error(checkpoint.path):
-        manifest = Manifest.from_dict(checkpoint["manifest"])
-        split = split_hash(manifest)
-    for info in infos:
-        if info["split_sha256"] == split and info["data"]["root"] == str(manifest.root):
-            return info
-    return None
+        split = split_hash(Manifest.from_dict(checkpoint["manifest"]))
+    return next((info for info in infos if info["split_sha256"] == split), None)
 
 
 def read_run_info(folder: Path) -> dict | None:
