@@ -292,8 +292,7 @@ def test_strange_places_give_one_line_or_work(place, finished_run, tmp_path):
             pytest.skip("this Python's packages cannot be read by another user")
     for words, code in ((f"evaluate.py --ckpt {finished_run}/best.pt --out {tmp_path}/out", 0),
                         ("train.py --data nowhere", 2), ("predict.py --ckpt nowhere.pt x.wav", 2),
-                        ("train.py --help", 0), ("evaluate.py --help", 0),
-                        ("predict.py --help", 0), ("export.py --help", 0)):
+                        ("export.py --help", 0)):
         command = PLACES[place].format(command=f"{sys.executable} {ROOT}/{words}")
         done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
         assert "Traceback" not in done.stderr, (words, done.stderr)
