@@ -310,7 +310,7 @@ def _xing_frames(head, kind):
     place = head.index(kind)
     if kind == b"VBRI":
         return int.from_bytes(head[place + 14:place + 18], "big")
-    if not head[place + 7] & 1:
+    if len(head) < place + 12 or not head[place + 7] & 1:
         return None
     return int.from_bytes(head[place + 8:place + 12], "big")
 

@@ -262,3 +262,13 @@ def test_real_recordings(esc10, tmp_path):
     assert set(full.rate) == {44100} and full.duplicates == []
     assert full.duration.min() > 0 and full.duration.max() < 10
     assert scan(manifest, tmp_path / "index", True).n_opened == 0
+
+
+@pytest.mark.parametrize("length", [36, 40, 43, 44, 47])
+def test_mp3_that_ends_within_its_length_header_is_unreadable(tmp_path, length):
+    """Cut at each field of the header, "Xing", flags and number of frames."""
+    frame = bytes([0xff, 0xfb, 0x90, 0x00]) + bytes(32) + b"Xing" + bytes([0, 0, 0, 1, 0, 0, 0, 9])
+    path = tmp_path / "a.mp3"
+    path.write_bytes(frame[:length])
+    result = scan(manifest_of_paths(tmp_path, "a.mp3"), None, full=True)
+    assert not result.ok.any() and result.reasons[0]
