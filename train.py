@@ -300,9 +300,9 @@ def main(argv: list[str] | None = None, resume_command: str | None = None) -> in
         passed = smoke_test(learner, loader.steps(0), lambda step: train_step(learner, step, 0),
                             loader.clips_per_epoch, n_val_tiles, args.epochs, len(bad_files))
         return OK if passed else TRAINING_FAILED
+    info = describe.run_info(learner, loader, weights, vars(args), len(bad_files))
+    info["augmentations"] = flags.active_augmentations(vars(args))
     if checkpoint is None:
-        info = describe.run_info(learner, loader, weights, vars(args), len(bad_files))
-        info["augmentations"] = flags.active_augmentations(vars(args))
         # --resume auto may find the folder of a run that died before its first checkpoint.
         run.create(manifest, bad_files, info, may_exist=args.resume is not None)
         if distributed.is_first:
@@ -310,12 +310,8 @@ def main(argv: list[str] | None = None, resume_command: str | None = None) -> in
     else:
         learner.load_state_dict(checkpoint)
         run.load_state(checkpoint, calibration_of(checkpoint))
-        run.update_info(describe.run_info(learner, loader, weights, vars(args), len(bad_files)))
-    constant = {  # parts of the checkpoint that stay the same
-        "config": learner.model.config.to_dict(), "frontend": learner.frontend.config.to_dict(),
-        "clip": {"samples": clips.samples, "short": args.short}, "classes": manifest.classes,
-        "fingerprint": fingerprint_of(manifest, checkpoint),
-        "loss": loss, "weights": weights, "flags": vars(args)}
+        run.update_info(info)
+    constant = constant_parts(learner, clips, checkpoint, loss, weights, vars(args))
     run.begin(manifest, bad_files, constant, save_every=args.save_every, max_skips=args.max_skips,
               max_bad_share=args.max_bad_share, read_late=reads_late(args, device),
               tensorboard=args.tensorboard)
@@ -330,6 +326,16 @@ def main(argv: list[str] | None = None, resume_command: str | None = None) -> in
     with run.guarded():
         test_best(args, run, learner, loader)
     return OK
+
+
+def constant_parts(learner, clips, checkpoint, loss, weights, flag_values) -> dict:
+    """The parts of the checkpoint that stay the same during a run."""
+    return {
+        "config": learner.model.config.to_dict(), "frontend": learner.frontend.config.to_dict(),
+        "clip": {"samples": clips.samples, "short": clips.short},
+        "classes": clips.manifest.classes,
+        "fingerprint": fingerprint_of(clips.manifest, checkpoint),
+        "loss": loss, "weights": weights, "flags": flag_values}
 
 
 def build_learner(args, manifest, checkpoint, device, distributed) -> tuple[Learner, dict, str]:

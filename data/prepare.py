@@ -75,15 +75,7 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
         data = write_demo(DEMO)
     data = find_data(data, cache, log)
     rules = annotations or AnnotationRules()
-    if rules.annotated and multi_label is False:
-        raise DataError("--annotated: a window may contain several classes, or none; leave --loss "
-                        "out, or give bce or focal-bce")
-    manifest = load_manifest(data, audio_dir, real_classes=real_classes, negatives=negatives,
-                             annotated=rules.annotated, label_column=rules.label_column)
-    if multi_label is None:
-        multi_label = rules.annotated is not None or manifest.needs_sigmoids
-    if not multi_label:
-        manifest = manifest.single_label()
+    manifest = _load(data, audio_dir, real_classes, negatives, rules, multi_label)
     result = _scan(manifest, data, cache, scan_mode, truncated)
     log(f"data: {manifest.root}")
     _log_indented(log, manifest.notes + summary(result, manifest) + _describe_unchecked(result))
@@ -95,14 +87,7 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
     lines = []
     if n_folds:  # before clips are left out, so that the folds stay if a file breaks
         lines += assign_folds(manifest, result.copies, n_folds, seed)
-    rows = np.flatnonzero(result.ok)
-    manifest = manifest.select(rows)
-    if rules.annotated:
-        manifest, cut_from = cut_events(manifest, result.file_seconds[rows], seconds, rules)
-        log(f"  {manifest.notes[-1]}")
-    else:
-        manifest, cut_from = cut_into_windows(manifest, seconds)
-    rows = rows[cut_from]
+    manifest, rows = _cut(manifest, result, seconds, rules, log)
     if min_clips > 1:
         is_frequent = manifest.rows_with(manifest.counts() >= min_clips) | ~manifest.has_label
         manifest, dropped = drop_rare(manifest, min_clips)
@@ -123,11 +108,42 @@ def prepare(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,
     lines += [f"LEAK: {line}" for line in audit(manifest, duplicates, near)]
     manifest.notes += lines
     _log_indented(log, lines)
+    _refuse_empty_splits(manifest, data, copies)
+    return manifest, bad
+
+
+def _load(data, audio_dir, real_classes, negatives, rules, multi_label):
+    """The manifest with one label per clip unless more are needed and can be learnt."""
+    if rules.annotated and multi_label is False:
+        raise DataError("--annotated: a window may contain several classes, or none; leave --loss "
+                        "out, or give bce or focal-bce")
+    manifest = load_manifest(data, audio_dir, real_classes=real_classes, negatives=negatives,
+                             annotated=rules.annotated, label_column=rules.label_column)
+    if multi_label is None:
+        multi_label = rules.annotated is not None or manifest.needs_sigmoids
+    return manifest if multi_label else manifest.single_label()
+
+
+def _cut(manifest, result, seconds, rules, log):
+    """The readable clips, with negatives and annotated recordings cut into windows.
+
+    -> (manifest, (n,) the scanned row that each of its rows is from).
+    """
+    rows = np.flatnonzero(result.ok)
+    manifest = manifest.select(rows)
+    if rules.annotated:
+        manifest, cut_from = cut_events(manifest, result.file_seconds[rows], seconds, rules)
+        log(f"  {manifest.notes[-1]}")
+    else:
+        manifest, cut_from = cut_into_windows(manifest, seconds)
+    return manifest, rows[cut_from]
+
+
+def _refuse_empty_splits(manifest, data, copies):
     for split in SPLITS:
         if len(manifest.rows(split)) == 0:
             raise DataError(f"--data {data}: no clip is left for {split}; give more recordings, or "
                             f"a split column{_group_advice(manifest, copies)}")
-    return manifest, bad
 
 
 def _group_advice(manifest, copies):
