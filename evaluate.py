@@ -137,7 +137,9 @@ def main(argv: list[str] | None = None) -> int:
                         "folder with --data")
     folder = Path(args.out) if args.out else path.parent / split
     calibration = calibration_of(checkpoint)
-    metrics = write_results(folder, result, manifest, checkpoint["classes"], split, calibration)
+    leaks = [note for note in notes if note.startswith("LEAK: ")]
+    metrics = write_results(folder, result, manifest, checkpoint["classes"], split, calibration,
+                            leaks)
     print("\n".join(result_lines(metrics)))
     if true_events is not None:
         print("\n".join(event_results(folder, metrics, result, manifest, true_events, checkpoint)))
@@ -248,6 +250,8 @@ def event_results(folder, metrics, result, windows, true_events, checkpoint) -> 
     names = [parse_recorder_name(path) for path in sorted(set(windows.paths))]
     places = [(name.site, name.start.date().isoformat() if name.start else "") for name in names]
     metrics["events"] = write_event_results(folder, result, windows, active, true_events, places)
+    for name, row in zip(checkpoint["classes"], metrics["events"]["per_class"], strict=True):
+        row["class"] = name
     write_json(folder / "metrics.json", metrics)
     return event_lines(metrics["events"])
 

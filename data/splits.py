@@ -91,8 +91,9 @@ def _split_by_fold(manifest, fold):
         return f"fold {fold} is the test, the other one is for training"
     next_fold = folds[(folds.index(fold) + 1) % len(folds)]
     manifest.split[manifest.fold == next_fold] = VAL
-    return (f"fold {fold} is the test, fold {next_fold} the validation, the other "
-            f"{len(folds) - 2} are for training")
+    others = "one is" if len(folds) == 3 else f"{len(folds) - 2} are"
+    return (f"fold {fold} is the test, fold {next_fold} the validation, the other {others} for "
+            "training")
 
 
 def _check_train_has_all_classes(manifest):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from metrics.events import Events, join_all_windows, match_events, score_events
-from util import CsvWriter, atomic_write
+from util import CsvWriter, atomic_write, plural
 
 
 def write_event_results(folder: Path, result, windows, active: np.ndarray, true_events,
@@ -63,15 +63,17 @@ def _count(true, predicted, n_recordings):
 def event_lines(figures: dict) -> list[str]:
     """Lines for the terminal."""
     total = figures["micro"]
-    line = (f"  events: {total['found']} found, {total['missed']} missed, {total['false']} false, "
-            f"in {figures['recordings']} recordings")
-    values = []
+    line = (f"  events, of joined windows: {total['found']} found, {total['missed']} missed, "
+            f"{total['false']} false, in {plural(figures['recordings'], 'recording')}")
+    values, has_intervals = [], False
     for name in ("precision", "recall", "f1"):
         if total[name] is None:
             continue
         interval = total[f"{name}_ci95"]
+        has_intervals |= interval is not None
         shown = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
         values.append(f"{name} {total[name]:.3f}{shown}")
     if not values:
         return [line]
-    return [line, f"    {', '.join(values)}; 95% intervals over recordings"]
+    over = "; 95% intervals over recordings" if has_intervals else ""
+    return [line, f"    {', '.join(values)}{over}"]

@@ -59,11 +59,14 @@ def false_alarm_lines(figures: dict | None) -> list[str]:
     low, high = figures["per_hour_ci95"]
     lines = [f"  {'false alarms':<18} {figures['per_hour']:.1f} per hour   (95% interval {low:.1f} "
              f"to {high:.1f}; {plural(figures['windows_with_alarm'], 'window')} in "
-             f"{figures['hours']:.2f} h of {plural(figures['recordings'], 'recording')} without "
-             "any of the classes)"]
+             f"{figures['hours']:.2f} h with none of the classes, from "
+             f"{plural(figures['recordings'], 'recording')})"]
     recalls = [f"{recall:.3f} at {rate}" if recall is not None else f"not known at {rate}"
                for rate, recall in mean_recalls(figures).items()]
-    lines.append(f"  {'recall':<18} {', '.join(recalls)} false alarms of a class per hour")
+    too_few = ""
+    if None in mean_recalls(figures).values():
+        too_few = "; not known, since the hours are too few"
+    lines.append(f"  {'recall':<18} {', '.join(recalls)} false alarms of a class per hour{too_few}")
     return lines
 
 

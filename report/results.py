@@ -28,7 +28,7 @@ THIRDS = ("head", "middle", "tail")
 
 
 def write_results(folder: Path, result, manifest, classes: Sequence[str], split: str,
-                  calibration: dict) -> dict:
+                  calibration: dict, leaks: Sequence[str] = ()) -> dict:
     """Write the results of one evaluated split into `folder` and return its metrics.
 
     Files: metrics.json, scores.npz, predictions.csv, per_class.csv, confusion.png unless clips may
@@ -42,6 +42,7 @@ def write_results(folder: Path, result, manifest, classes: Sequence[str], split:
         manifest: the clips that `result.rows` points into.
         calibration: {"temperature": float, "thresholds": (C,) floats, "sigmoid": bool}; the last is
             the kind of the scores (default: whether clips may have several labels).
+        leaks: lines on clips that the model was trained or selected on.
     """
     make_folder(folder)
     multi_label = result.labels.ndim == 2
@@ -50,6 +51,7 @@ def write_results(folder: Path, result, manifest, classes: Sequence[str], split:
     calibrated = apply_temperature(result.scores, calibration["temperature"],
                                    calibration["sigmoid"])
     metrics = _metrics(result, manifest, split, calibration, calibrated, predicted)
+    metrics["leaks"] = list(leaks)
     metrics["false_alarms"] = write_false_alarms(
         folder / "false_alarms.csv", calibrated, result, manifest, classes, calibration)
     write_json(folder / "metrics.json", metrics)

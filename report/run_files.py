@@ -67,8 +67,8 @@ class Run:
 
     @property
     def most_frequent_share(self) -> float:
-        """Share of the clips that have the most frequent class."""
-        return float(self.truth.mean(axis=0).max())
+        """Share of the clips with a label that have the most frequent class."""
+        return float(self.truth[self.truth.any(axis=1)].mean(axis=0).max())
 
     @property
     def monitor(self) -> str:

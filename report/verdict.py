@@ -173,8 +173,8 @@ def _false_alarm_findings(run, result):
         details.insert(0, f"Most: {summarize(worst, MOST_NAMES)}. All of them, surest first: "
                        "false_alarms.csv")
     text = (f"{figures['per_hour']:.1f} false alarms per hour at the thresholds in use (95% "
-            f"interval {low:.1f} to {high:.1f}), in {figures['hours']:.2f} hours of "
-            f"{plural(figures['recordings'], 'recording')} with none of the classes")
+            f"interval {low:.1f} to {high:.1f}), in {figures['hours']:.2f} hours with none of the "
+            f"classes, from {plural(figures['recordings'], 'recording')}")
     result.found.append(Finding(text, details))
 
 
@@ -209,11 +209,14 @@ def _rate_findings(run, result):
 
 def _data_findings(run, result):
     notes = run.run.get("data", {}).get("notes")
+    leakage = "leakage between the splits"
+    if run.metrics["split"] == "all":  # other data than the run's, with notes of its own
+        notes, leakage = run.metrics.get("leaks"), "leakage from training"
     leaks = [note.removeprefix("LEAK: ") for note in notes or [] if note.startswith("LEAK: ")]
     conflicts = [leak for leak in leaks if "two labels" in leak]
     leaks = [leak for leak in leaks if leak not in conflicts]
-    _add(result, leaks, "Leakage between the splits: the results may be too good", leaks,
-         "leakage between the splits" if notes is not None else None)
+    _add(result, leaks, f"{leakage.capitalize()}: the results may be too good", leaks,
+         leakage if notes is not None else None)
     _add(result, conflicts, "Identical recordings with two labels", conflicts)
     n_bad = len(run.bad_files)
     details = [f"{row['path']}: {row['reason']}" for row in run.bad_files[:5]]

@@ -137,3 +137,10 @@ def test_false_alarms_to_listen_to_are_the_surest_and_of_several_recordings():
         shown = [value for (i, _), value in zip(chosen, values) if groups[i] == group]
         assert shown == own[:len(shown)]
     assert choose_alarms(scores, np.zeros_like(alarms), groups) == []
+
+
+def test_most_frequent_class_is_a_share_of_the_clips_with_a_label(tmp_path):
+    for multi_label in (False, True):
+        result, manifest = make_result(multi_label)
+        write_results(tmp_path, result, manifest, CLASSES, "test", CALIBRATION)
+        assert read_run(tmp_path, tmp_path).most_frequent_share == pytest.approx(1 / 3)

@@ -15,7 +15,9 @@ import export
 import predict
 from core.run.checkpoint import load_checkpoint
 from data.manifest import Manifest
+from report import verdict
 from report.compare import compare
+from report.run_files import read_run
 
 RATE = 16000
 AT = TINY.index("--logit-adjust")  # needs a softmax loss
@@ -240,3 +242,18 @@ def test_comparison_has_the_false_alarms_of_both_runs(run, capsys):
     lines = compare(run, run, run.parent / "compare.png")
     [line] = [line for line in lines if "false alarms" in line]
     assert line.count(f"{figures['per_hour']:.1f} ({figures['windows_with_alarm']} in") == 2
+
+
+def test_report_on_other_data_names_clips_that_the_model_was_trained_on(run, data, tmp_path):
+    shutil.copytree(data, tmp_path / "copy")
+    for path in sorted((tmp_path / "copy").glob("*/*.wav")):
+        path.rename(path.with_name(f"renamed_{path.name}"))
+    out = tmp_path / "out"
+    assert exit_code(evaluate.main, "--ckpt", run / "best.pt", "--data", tmp_path / "copy",
+                     "--out", out) == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["split"] == "all" and metrics["leaks"]
+    found = verdict.findings(read_run(run, out))
+    assert any(metrics["leaks"][0].removeprefix("LEAK: ") in finding.details
+               for finding in found.found)
+    assert not any("leakage" in text for text in found.absent)
