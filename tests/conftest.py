@@ -20,10 +20,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests fetch from servers of thei
 # The tests that `python -m pytest -m quick` runs: less than a minute, no whole training run.
 QUICK = {
     "test_annotation_tables", "test_annotations", "test_architecture", "test_ast", "test_audio",
-    "test_augment", "test_calibration", "test_checkpoint", "test_columns", "test_compare",
-    "test_csv_table", "test_events", "test_flags", "test_folder_layout", "test_folders",
-    "test_folds", "test_frontend", "test_grouping", "test_locate", "test_losses",
-    "test_manifest", "test_metrics", "test_metrics_multi_label", "test_names", "test_negatives",
+    "test_augment", "test_calibration", "test_checkpoint", "test_columns", "test_csv_table",
+    "test_events", "test_flags", "test_folder_layout", "test_folders", "test_folds",
+    "test_frontend", "test_grouping", "test_locate", "test_losses", "test_manifest",
+    "test_metrics", "test_metrics_multi_label", "test_names", "test_negatives",
     "test_old_split", "test_overview", "test_progress", "test_recorder_names", "test_relevance",
     "test_sampling", "test_scan", "test_scan_index", "test_sched", "test_split_csv",
     "test_splits", "test_step", "test_stream", "test_tables", "test_util", "test_xenocanto",
