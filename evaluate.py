@@ -34,6 +34,7 @@ from core.scoring.given_data import (
     compare_with_run,
     other_data,
     own_data,
+    readable_part,
 )
 from core.scoring.report_page import write_report
 from data.annotations import MODES, AnnotationRules
@@ -48,7 +49,8 @@ from data.prepare import cache_folder
 from data.recorder_names import parse_recorder_name
 from data.scan import scan
 from losses import SIGMOID_LOSSES, build_loss
-from metrics import predicted_classes
+from metrics import apply_temperature
+from metrics.false_alarms import reported_classes
 from report.event_results import event_lines, write_event_results
 from report.results import result_lines, write_results
 from util import plural, summarize, write_json
@@ -244,9 +246,10 @@ def annotated_data(checkpoint: Checkpoint, args) -> tuple[Manifest, TrueEvents, 
 def event_results(folder, metrics, result, windows, true_events, checkpoint) -> list[str]:
     """Write the results by event and add them to metrics.json -> lines to print."""
     calibration = calibration_of(checkpoint)
-    active = predicted_classes(result.scores, calibration)
-    if not is_multi_label(checkpoint):  # one answer per window, as predict.py gives it
-        active &= result.scores.argmax(axis=1)[:, None] == np.arange(result.scores.shape[1])
+    calibrated = apply_temperature(result.scores, calibration["temperature"],
+                                   calibration["sigmoid"])
+    top_k = None if is_multi_label(checkpoint) else 1  # one answer per window, as in predict.py
+    active = reported_classes(calibrated, calibration["thresholds"], top_k)
     names = [parse_recorder_name(path) for path in sorted(set(windows.paths))]
     places = [(name.site, name.start.date().isoformat() if name.start else "") for name in names]
     metrics["events"] = write_event_results(folder, result, windows, active, true_events, places)
@@ -275,19 +278,16 @@ def with_negatives(checkpoint: Checkpoint, manifest: Manifest, rows: np.ndarray,
                    ) -> tuple[Manifest, np.ndarray, list[str]]:
     """Add the recordings of --negatives to the clips to evaluate: (manifest, rows, notes)."""
     others = load_negatives(negatives)
-    found = scan(others, None, full=False)
-    readable = np.flatnonzero(found.ok)
-    if len(readable) == 0:
-        raise DataError(f"--negatives {negatives}: none of the {len(others)} recordings can be "
-                        f"read; the first: {others.paths[0]}: {found.reasons[0]}")
-    others = others.select(readable)
-    others.duration = found.duration[readable]
+    n_given = len(others)
+    others, _ = readable_part(others, scan(others, None, full=False),
+                              f"--negatives {negatives}: none of the {n_given} recordings")
+    n_readable = len(others)
     with as_checkpoint_error(checkpoint.path):
         others, _ = cut_into_windows(others, checkpoint["flags"]["seconds"])
-    notes = [f"negatives: {plural(len(others), 'window')} of {plural(len(readable), 'recording')} "
+    notes = [f"negatives: {plural(len(others), 'window')} of {plural(n_readable, 'recording')} "
              f"in {others.root}"]
-    if len(readable) < found.ok.size:
-        notes.append(f"  {found.ok.size - len(readable)} unreadable files are left out")
+    if n_readable < n_given:
+        notes.append(f"  {n_given - n_readable} unreadable files are left out")
     code = manifest.split[rows[0]]  # of all clips to evaluate, and of no other clip
     others.split[:] = code
     both = add_negatives(manifest, others)

@@ -324,16 +324,8 @@ class TrainLoader:
         self.batch_size = batch_size
         self.effective_batch = effective_batch
         self._keys = []  # of all micro-batches to load; replaced for each epoch, the workers stay
-        self._loader = Loader(
-            clips,
-            batch_sampler=_ListSampler(self._keys),
-            collate_fn=_unchanged,
-            num_workers=workers,
-            pin_memory=pin,
-            persistent_workers=workers > 0,
-            timeout=HANGS_SECONDS if workers else 0,
-            worker_init_fn=ignore_signals,
-        )
+        self._loader = _loader(clips, _ListSampler(self._keys), workers, pin,
+                               persistent_workers=workers > 0)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -392,12 +384,12 @@ def evaluation_batches(
     batches = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
     if clips.in_memory is not None:
         return map(clips.batch, batches)
+    return _loader(clips, batches, workers, pin)
+
+
+def _loader(clips, batch_sampler, workers, pin, persistent_workers=False):
+    """Loads the batches of these keys, which `Clips.batch` makes complete."""
     return Loader(
-        clips,
-        batch_sampler=batches,
-        collate_fn=_unchanged,
-        num_workers=workers,
-        pin_memory=pin,
-        timeout=HANGS_SECONDS if workers else 0,
-        worker_init_fn=ignore_signals,
-    )
+        clips, batch_sampler=batch_sampler, collate_fn=_unchanged, num_workers=workers,
+        pin_memory=pin, persistent_workers=persistent_workers,
+        timeout=HANGS_SECONDS if workers else 0, worker_init_fn=ignore_signals)

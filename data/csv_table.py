@@ -12,6 +12,7 @@ from .files import suffix
 from .manifest import DataError
 
 SEPARATORS = ",;\t|"
+TABLE_SUFFIXES = (".csv", ".tsv", ".txt")  # of files that may be tables
 
 
 @dataclass

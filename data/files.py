@@ -3,10 +3,12 @@ import errno
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from util import plural, summarize
 
 from .audio import AUDIO_SUFFIXES
+from .manifest import DataError
 
 # Sound that libsndfile does not decode.
 UNDECODABLE_SUFFIXES = frozenset({
@@ -65,6 +67,19 @@ class IgnoredFiles(Counter):
 def count_suffixes(counts: Counter) -> str:
     """"1 without suffix, 2 .jpg"."""
     return ", ".join(f"{n} {kind or 'without suffix'}" for kind, n in sorted(counts.items()))
+
+
+def recordings_below(folder: Path, flag: str) -> list[str]:
+    """Every path with an audio suffix below a folder, relative to it, in no order; see find_audio.
+
+    flag: that named the folder, for the DataError if a folder cannot be read.
+    """
+    try:
+        paths = find_audio(folder.parent, folder.name, Counter())
+    except OSError as error:
+        raise DataError(f"{flag} {error.filename}: {error.strerror}; make it readable or remove "
+                        "it") from None
+    return [path.removeprefix(folder.name + "/") for path in paths]
 
 
 def find_audio(root: str | os.PathLike, folder: str, ignored: Counter) -> list[str]:

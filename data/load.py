@@ -7,6 +7,7 @@ from util import plural
 
 from .annotations import explain_annotated, is_annotated, load_annotations, manifest_of_events
 from .build import check_classes
+from .csv_table import TABLE_SUFFIXES
 from .files import suffix
 from .folders import load_folder
 from .manifest import DataError, Manifest
@@ -15,7 +16,6 @@ from .tables import load_table
 
 # Tables of known data sets, relative to the folder: ESC-50, UrbanSound8K, BirdCLEF.
 TABLES = ("meta/esc50.csv", "metadata/UrbanSound8K.csv", "train_metadata.csv")
-TABLE_SUFFIXES = (".csv", ".tsv", ".txt")
 
 
 def load_manifest(data: str | os.PathLike, audio_dir: str | os.PathLike | None = None,

@@ -1,6 +1,5 @@
 """Negatives: recordings that are known to contain none of the classes."""
 import os
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,15 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from .build import sorted_order
-from .csv_table import read_table
-from .files import find_audio
+from .csv_table import TABLE_SUFFIXES, read_table
+from .files import recordings_below, suffix
 from .folds import NO_FOLD
 from .grouping import factorize, group_by_name
 from .locate import locate_files
 from .manifest import COLUMN_TYPES, DataError, LabelSet, Manifest
 from .stratify import BY_NEED, TEST, TRAIN, VAL, divide, undivided
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".txt")
 # Of the negatives. An epoch can only use some, and the test needs hours to count false alarms.
 SHARES = {TRAIN: 0.5, VAL: 0.15, TEST: 0.35}
 MIN_WINDOW_SHARE = 0.5  # of a window; a rest of a recording is used if it is longer
@@ -40,23 +38,16 @@ def negative_recordings(root: Path, paths: list[str], split: Iterable[int] | Non
         fold=None, notes=[])
 
 
-def load_negatives(given: str | os.PathLike, audio_dir: str | os.PathLike | None = None
-                   ) -> Manifest:
+def load_negatives(given: str | os.PathLike) -> Manifest:
     """The recordings of --negatives: all below a folder, or those that a table names.
 
     Raises DataError.
     """
     place = Path(os.path.abspath(given))
     if place.is_dir():
-        try:
-            paths = find_audio(place.parent, place.name, Counter())
-        except OSError as error:
-            raise DataError(f"--negatives {error.filename}: {error.strerror}; make it readable or "
-                            "remove it") from None
-        paths = [path.removeprefix(place.name + "/") for path in paths]
-        root = place
-    elif place.is_file() and place.suffix.lower() in TABLE_SUFFIXES:
-        root, paths = _listed_recordings(place, audio_dir)
+        root, paths = place, recordings_below(place, "--negatives")
+    elif place.is_file() and suffix(place.name) in TABLE_SUFFIXES:
+        root, paths = _listed_recordings(place)
     else:
         raise DataError(f"--negatives {given}: no such folder or table; give a folder with "
                         "recordings that contain none of the classes, or a CSV with a column path")
@@ -66,7 +57,7 @@ def load_negatives(given: str | os.PathLike, audio_dir: str | os.PathLike | None
     return negative_recordings(root, paths)
 
 
-def _listed_recordings(table_path, audio_dir):
+def _listed_recordings(table_path):
     """-> (root, the distinct recordings of a table's column path)."""
     table = read_table(table_path)
     names = [name.replace("_", "") for name in table.names]
@@ -76,7 +67,7 @@ def _listed_recordings(table_path, audio_dir):
         raise DataError(f"--negatives {table_path}: has no column path; give a CSV with one, or a "
                         "folder")
     cells = [row[column] for row in table.rows]
-    place = locate_files(table, audio_dir, cells, [""] * len(cells), None, None)
+    place = locate_files(table, None, cells, [""] * len(cells), None, None)
     return place.root, sorted(set(place.paths))
 
 

@@ -1,6 +1,5 @@
 """Labelled recordings -> a checked manifest with splits, ready to train on."""
 import os
-from collections import Counter
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from .annotations import AnnotationRules, cut_events
 from .clip_times import check_times
 from .content import content_keys
 from .demo import write_demo
-from .files import find_audio, find_outage
+from .files import find_outage, recordings_below
 from .folds import assign_folds
 from .load import load_manifest
 from .manifest import COLUMN_TYPES, SPLITS, DataError, Manifest
@@ -220,6 +219,7 @@ def _renumber(sets, rows, first_only=False):
         renumbered.append(np.concatenate(new_rows).tolist())
     return [new_rows for new_rows in renumbered if new_rows]
 
+
 def _describe_missing_multi_label(manifest):
     """A line on splits without a clip that has several labels, if other splits have some."""
     if not manifest.multi_label:
@@ -241,12 +241,7 @@ def noise_recordings(folder: str | os.PathLike,
     if not root.is_dir():
         raise DataError(f"--noise-dir {folder}: no such folder; give one that contains recordings "
                         "of background sounds")
-    try:
-        paths = find_audio(root.parent, root.name, Counter())
-    except OSError as error:
-        raise DataError(f"--noise-dir {error.filename}: {error.strerror}; make it readable or "
-                        "remove it") from None
-    paths = sorted((path.removeprefix(root.name + "/") for path in paths), key=os.fsencode)
+    paths = sorted(recordings_below(root, "--noise-dir"), key=os.fsencode)
     n = len(paths)
     manifest = Manifest(
         name="noise", root=root, classes=["noise"], paths=paths, labels=np.zeros(n, np.int32),

@@ -48,12 +48,11 @@ def false_alarms(
     "per_hour_ci95"}] in class order}. Raises ValueError if shapes do not fit, there are no windows,
     a score is not finite, or a length is not positive.
     """
-    scores = _only_top(_check_scores(scores, "scores"), top_k)
-    hours = _check_hours(hours, len(scores))
-    is_alarm = scores >= _check_thresholds(thresholds, scores)
+    is_alarm = reported_classes(scores, thresholds, top_k)
+    hours = _check_hours(hours, len(is_alarm))
     groups = np.asarray(groups)
     if groups.shape != hours.shape:
-        raise ValueError(f"groups {groups.shape} for {len(scores)} windows")
+        raise ValueError(f"groups {groups.shape} for {len(is_alarm)} windows")
     codes, group_of = np.unique(groups, return_inverse=True)
     hours_of_group = np.bincount(group_of, weights=hours)
     any_alarm = is_alarm.any(axis=1, keepdims=True)
@@ -67,6 +66,17 @@ def false_alarms(
         "interval_over": "recordings" if len(codes) > 1 else "windows",
         "per_class": _rates(is_alarm, group_of, hours_of_group),
     }
+
+
+def reported_classes(
+    scores: ArrayLike, thresholds: ArrayLike, top_k: int | None = None
+) -> np.ndarray:
+    """The classes that are reported in each window, those that `false_alarms` counts: (n, C) bool.
+
+    scores: (n, C) calibrated scores. thresholds: (C,).
+    """
+    scores = _only_top(_check_scores(scores, "scores"), top_k)
+    return scores >= _check_thresholds(thresholds, scores)
 
 
 def _rates(is_alarm, group_of, hours_of_group):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metrics.false_alarms import false_alarms, recall_at
+from metrics.false_alarms import false_alarms, recall_at, reported_classes
 from util import CsvWriter, atomic_write, plural
 
 RATES = (0.1, 1, 10)  # false alarms of a class per hour, for which recall is given
@@ -31,7 +31,7 @@ def write_false_alarms(path: Path, calibrated: np.ndarray, result, manifest,
     labelled = manifest.has_label[result.rows]
     figures["recall_at"] = recall_at(calibrated[labelled], result.labels[labelled], scores, hours,
                                      RATES, top_k)
-    windows, alarms = np.nonzero(find_alarms(scores, calibration["thresholds"], top_k))
+    windows, alarms = np.nonzero(reported_classes(scores, calibration["thresholds"], top_k))
     order = np.argsort(-scores[windows, alarms], kind="stable")
     with atomic_write(path) as file:
         out = CsvWriter(file)
@@ -44,14 +44,6 @@ def write_false_alarms(path: Path, calibrated: np.ndarray, result, manifest,
     return figures
 
 
-def find_alarms(scores: np.ndarray, thresholds: Sequence[float], top_k: int | None) -> np.ndarray:
-    """(n, C) bool: the classes that are reported in each window; top_k: 1 for the best one only."""
-    alarms = scores >= np.asarray(thresholds)
-    if top_k == 1:
-        alarms &= scores.argmax(axis=1)[:, None] == np.arange(scores.shape[1])
-    return alarms
-
-
 def false_alarm_lines(figures: dict | None) -> list[str]:
     """Lines for the terminal."""
     if figures is None:
@@ -61,10 +53,11 @@ def false_alarm_lines(figures: dict | None) -> list[str]:
              f"to {high:.1f}; {plural(figures['windows_with_alarm'], 'window')} in "
              f"{figures['hours']:.2f} h with none of the classes, from "
              f"{plural(figures['recordings'], 'recording')})"]
+    recall_at_rate = mean_recalls(figures)
     recalls = [f"{recall:.3f} at {rate}" if recall is not None else f"not known at {rate}"
-               for rate, recall in mean_recalls(figures).items()]
+               for rate, recall in recall_at_rate.items()]
     too_few = ""
-    if None in mean_recalls(figures).values():
+    if None in recall_at_rate.values():
         too_few = "; not known, since the hours are too few"
     lines.append(f"  {'recall':<18} {', '.join(recalls)} false alarms of a class per hour{too_few}")
     return lines

@@ -6,11 +6,11 @@ import numpy as np
 from data.annotations import AnnotationRules, cut_events
 from data.clip_times import check_times
 from data.load import load_manifest
-from data.manifest import DataError, LabelSet, Manifest
+from data.manifest import LabelSet, Manifest
 from data.scan import scan
 from util import plural, summarize
 
-from .given_data import count_seen
+from .given_data import count_seen, readable_part
 
 MAX_BAD_SHARE = 0.05  # of the events, whose times may lie beyond the end of their recordings
 
@@ -40,15 +40,13 @@ def annotated_windows(run: Manifest, data: str, audio_dir: str | None, rules: An
     given = _in_classes(given, run.classes)
     found = scan(given, None, full=False)
     check_times(given, found.file_seconds, found.rate, MAX_BAD_SHARE)
-    readable = np.flatnonzero(found.ok)
-    if len(readable) == 0:
-        raise DataError(f"--annotations {data}: none of the recordings can be read; the first: "
-                        f"{given.paths[0]}: {found.reasons[0]}")
+    readable_events, readable = readable_part(
+        given, found, f"--annotations {data}: none of the recordings")
     if len(readable) < len(given):
         notes.append(f"  left out: {plural(len(given) - len(readable), 'event')} that cannot be "
                      f"read, such as {given.paths[min(found.reasons)]}: "
                      f"{found.reasons[min(found.reasons)]}")
-    given = given.select(readable)
+    given = readable_events
     length = found.file_seconds[readable]
     windows, _ = cut_events(given, length, seconds, rules)
     notes.append(f"  {windows.notes[-1]}")

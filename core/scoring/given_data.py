@@ -11,7 +11,7 @@ from data.clip_times import check_times
 from data.content import UNKNOWN, content_keys
 from data.manifest import DataError, Manifest
 from data.prepare import MAX_CLIPS_TO_DECODE
-from data.scan import scan
+from data.scan import Scan, scan
 from data.sound_print import SHORT, matches
 from util import plural, summarize
 
@@ -181,12 +181,8 @@ def other_data(run: Manifest, compared: Comparison) -> tuple[Manifest, list[str]
     given = compared.given
     found = scan(given, None, full=False)
     check_times(given, found.file_seconds, found.rate, MAX_MIXED_SHARE)
-    readable = np.flatnonzero(found.ok)
-    if len(readable) == 0:
-        raise DataError(f"--data {given.root}: none of the {len(given)} files can be read; the "
-                        f"first: {given.paths[0]}: {found.reasons[0]}")
-    manifest = given.select(readable)
-    manifest.duration = found.duration[readable]
+    manifest, readable = readable_part(
+        given, found, f"--data {given.root}: none of the {len(given)} files")
     manifest.split = np.full(len(manifest), -1, np.int8)
     notes = [f"data: {given.root}, all {len(readable)} clips (not the run's data)"]
     if compared.pairs or compared.n_content:
@@ -199,6 +195,19 @@ def other_data(run: Manifest, compared: Comparison) -> tuple[Manifest, list[str]
                      "validation of this checkpoint: the results are too good")
     notes += _describe_near(run, manifest)
     return manifest, notes
+
+
+def readable_part(given: Manifest, found: Scan, none_of: str) -> tuple[Manifest, np.ndarray]:
+    """The readable clips with their lengths -> (manifest, their rows in `given`).
+
+    none_of: the beginning of the line if there are none: DataError.
+    """
+    rows = np.flatnonzero(found.ok)
+    if len(rows) == 0:
+        raise DataError(f"{none_of} can be read; the first: {given.paths[0]}: {found.reasons[0]}")
+    readable = given.select(rows)
+    readable.duration = found.duration[rows]
+    return readable, rows
 
 
 def _describe_near(run, given):

@@ -7,9 +7,9 @@ import torch
 
 from data.clips import Clips, TileKey, evaluation_batches
 from metrics import apply_temperature
+from metrics.false_alarms import reported_classes
 from model.relevance import patch_relevance
 from report import examples, page
-from report.false_alarms import find_alarms
 
 from .evaluation import Evaluation, Scorer, evaluate, window_scores
 
@@ -107,7 +107,7 @@ class ExampleCollector:
         if len(negatives.rows) == 0:
             return []
         scores, manifest = self._calibrated(negatives), self.clips.manifest
-        alarms = find_alarms(scores, self.thresholds, None if manifest.multi_label else 1)
+        alarms = reported_classes(scores, self.thresholds, None if manifest.multi_label else 1)
         found = [self._example("alarm", i, c, int(negatives.rows[i]), scores[i],
                                np.flatnonzero(alarms[i]).tolist())
                  for i, c in examples.choose_alarms(scores, alarms, manifest.group[negatives.rows])]

@@ -7,7 +7,7 @@ from util import open_regular, unescape_cell
 
 from ..clip_times import kind_of
 from ..columns import COLUMNS, KNOWN_NAMES
-from ..csv_table import Table, column_name, read_rows, skip_preamble
+from ..csv_table import TABLE_SUFFIXES, Table, column_name, read_rows, skip_preamble
 from ..manifest import DataError
 
 HEAD = 1 << 14  # bytes that tell the form of a table
@@ -180,4 +180,4 @@ def frequency_columns(table: Table) -> tuple[tuple[int, float] | None, ...]:
 
 def is_table(name: str) -> bool:
     """Whether a file may be a table by its name."""
-    return os.path.splitext(name)[1].lower() in (".txt", ".csv", ".tsv")
+    return os.path.splitext(name)[1].lower() in TABLE_SUFFIXES
